@@ -1,0 +1,139 @@
+"""What was trained: an adapter as saved, and the same adapter resolved against a base.
+
+Two nouns, in the order in which data walks:
+
+- `Adapter`: one adapter's files, read lazily and checked; nothing about the base is known yet.
+- `ResolvedAdapter`: the same adapter as plain arrays for a few mechanisms, at named modules of a base.
+
+At a module with input x and output y a resolved adapter computes
+
+    y' = (y + (x A) B) * gain + offset
+
+with every term optional. Scaling (alpha / r and its variants) is folded into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+ModuleType = Literal["linear", "conv1d", "conv2d", "embedding", "norm", "other"]
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """One tensor in a file, not yet read.
+
+    `dtype` is a safetensors name ("F32", "F16", "BF16"); `read()` returns float32[shape] (integers as saved).
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+    read: Callable[[], Array]
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """The base that an adapter says it was trained on.
+
+    `fingerprint` maps a base parameter's name to the SHA-256 of its float32 bytes, from the
+    `base_fingerprint.json` beside the adapter (written by `edgeadapt.stamp_base`), or is None.
+    `quantization` is "nf4" if the adapter is known to have been trained on an NF4 base.
+    """
+
+    name: str | None
+    revision: str | None = None
+    fingerprint: Mapping[str, str] | None = None
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One trained adapter as saved.
+
+    `kind` is a file name in `edgeadapt/adapters/kinds`; `layout` names the library whose files these are
+    ("peft"); `tensors` is keyed by the normalized key: module path in the base + parameter
+    ("model.layers.0.self_attn.q_proj.lora_A.weight"), without library prefixes or adapter names.
+    """
+
+    name: str
+    path: Path
+    kind: str
+    layout: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    base: BaseReference
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetModule:
+    """A module of the base that an adapter may change, as far as numpy needs to know it.
+
+    `weight_shape` is torch's own: linear [out, in], conv1d (GPT-2) [in, out], conv2d [out, in/groups, kh, kw],
+    embedding [num_embeddings, dim], norm [dim]. `weight()` and `bias()` give float32 arrays in that layout, or are
+    None where the values are not at hand (in a bundle) or the module has none (`has_bias`).
+    `digest` is the SHA-256 of the weight's float32 bytes.
+    """
+
+    path: str
+    type: ModuleType
+    class_name: str
+    weight_shape: tuple[int, ...]
+    in_features: int
+    out_features: int
+    has_bias: bool
+    digest: str
+    groups: int = 1
+    weight: Callable[[], Array] | None = field(default=None, compare=False)
+    bias: Callable[[], Array] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class SiteUpdate:
+    """What an adapter does at one module: y' = (y + (x A) B) * gain + offset.
+
+    a: float32[in, rank] (embedding: float32[num_embeddings, rank]; conv2d: float32[rank, in/groups, kh, kw])
+    b: float32[rank, out] (conv2d: float32[out, rank, 1, 1]), scaling folded in
+    gain: float32[out] or None; offset: float32[out] or None
+    """
+
+    a: Array | None = None
+    b: Array | None = None
+    gain: Array | None = None
+    offset: Array | None = None
+
+    @property
+    def rank(self) -> int:
+        """The low-rank term's rank, 0 where there is none."""
+        if self.b is None:
+            return 0
+        return int(self.b.shape[1] if self.b.ndim == 4 else self.b.shape[0])
+
+
+@dataclass(frozen=True)
+class ResolvedAdapter:
+    """An adapter as arrays, checked complete against a base.
+
+    `sites` maps a module path to its update; `replaced` maps a base parameter's name ("classifier.weight") to its
+    new float32 value (modules_to_save), in torch's layout.
+    """
+
+    name: str
+    kind: str
+    sites: Mapping[str, SiteUpdate]
+    replaced: Mapping[str, Array]
+
+    @property
+    def parameter_count(self) -> int:
+        """How many numbers the adapter holds."""
+        arrays = [x for u in self.sites.values() for x in (u.a, u.b, u.gain, u.offset) if x is not None]
+        return int(sum(np.size(x) for x in [*arrays, *self.replaced.values()]))

@@ -1,0 +1,132 @@
+"""The bundle's manifest, format 1: rules without files. docs/formats/bundle-1.md is the normative text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SCHEMA = "edgeadapt.bundle/1"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One module of the base at which adapters can act.
+
+    site: module path in the base; graphs: roles of the graphs that hold it
+    type: linear | conv1d | conv2d | embedding (| norm, other: gain and offset only)
+    inputs: graph input per term ("a", "b", "gain", "offset"); a term that is absent has no input
+    """
+
+    site: str
+    graphs: tuple[str, ...]
+    type: str
+    in_features: int
+    out_features: int
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ParameterSlot:
+    """One parameter of the base that adapters may replace whole.
+
+    input: the graph input's name; shape: torch's layout, a string for an axis that may vary ("num_labels")
+    """
+
+    parameter: str
+    graphs: tuple[str, ...]
+    input: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class BaseModule:
+    """A base module that adapters can name, with the SHA-256 of its float32 weight (see `TargetModule`)."""
+
+    path: str
+    type: str
+    class_name: str
+    weight_shape: tuple[int, ...]
+    in_features: int
+    out_features: int
+    has_bias: bool
+    digest: str
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """Which base the graphs were made from. `fingerprint` is the SHA-256 over all modules' paths and digests."""
+
+    name: str
+    revision: str | None
+    model_type: str
+    quantized_from: str | None
+    fingerprint: str
+    modules: tuple[BaseModule, ...]
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One graph's files (slots is None for a merged bundle) and its data inputs and outputs."""
+
+    plain: str
+    slots: str | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes, SHA-256 and role (graph | weights | asset | adapter | golden) of one file."""
+
+    size: int
+    sha256: str
+    role: str
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """One adapter in the bundle.
+
+    minimum_effect: how far its golden outputs are from the base's, relative to the largest base output; verified
+    base_checked: "stamp" (its own base fingerprint matched), "shapes" (only module names and shapes could be checked)
+    labels: class names that go with its head, if any
+    """
+
+    kind: str
+    rank: int
+    parameters: int
+    minimum_effect: float
+    tolerance: float
+    base_checked: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a reader must know of a bundle. JSON of exactly these fields; unknown ones are refused.
+
+    merged: the adapter that was merged into the weights, or None
+    quantization: the record that `quantize` returned; parity and quality: what was measured against torch (see
+        edgeadapt.quality); generation: the fields of export.graph.Generation, or None
+    """
+
+    schema: str
+    name: str
+    task: str
+    base: BaseRecord
+    graphs: Mapping[str, GraphRecord]
+    slots: tuple[Slot, ...]
+    parameters: tuple[ParameterSlot, ...]
+    adapter_dtype: str
+    merged: str | None
+    adapters: Mapping[str, AdapterRecord]
+    quantization: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    quality: tuple[Mapping[str, Any], ...]
+    files: Mapping[str, FileRecord]
+    runtime: Mapping[str, Any]
+    generation: Mapping[str, Any] | None = None
+    labels: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
