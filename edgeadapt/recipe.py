@@ -1,0 +1,143 @@
+"""The settings of one export. The same word is a recipe's key, the field, the keyword argument and the flag."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from edgeadapt import registry, settings
+from edgeadapt.errors import RecipeError
+from edgeadapt.fields import from_mapping
+
+SCHEMES = "edgeadapt.quantize.schemes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an export reads, does and writes.
+
+    adapters: adapter folders or files; a folder may hold several adapters
+    base: a folder or GGUF file, or a Hugging Face hub id
+    output: the bundle's folder
+    names: the adapters' names in the bundle, in their order; empty for their folders' names
+    task: an optimum task name, None to tell it from the model; revision: the hub commit of the base
+    merge: put the adapter into the weights: no swapping, no cost at run time
+    merge_base: the base that a QLoRA adapter is merged into: the NF4 weights that it was trained on, dequantized (the
+        default), or the original ones
+    quantize: a scheme's file name in edgeadapt/quantize/schemes
+    keep: exceptions: pattern of module paths ("*.down_proj") to scheme
+    calibrate: a file of samples for schemes that measure activations, and for the quality table
+    max_kl, min_top1: the quality gate: the largest mean KL divergence (nats) from the float model, and the smallest
+        share of equal top-1 answers (0 to 1); None for no gate
+    max_length: the longest sequence in tokens, None for what the model was trained for
+    force: replace an existing bundle
+    """
+
+    adapters: tuple[Path, ...]
+    base: str
+    output: Path
+    names: tuple[str, ...] = ()
+    task: str | None = None
+    revision: str | None = None
+    merge: bool = False
+    merge_base: Literal["dequantized", "original"] | None = None
+    quantize: str = "int8"
+    keep: Mapping[str, str] = field(default_factory=dict)
+    calibrate: Path | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
+    max_length: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that contradict each other.
+
+        Raises:
+            RecipeError: if one does.
+        """
+        _check_adapters(self)
+        _check_merge(self)
+        _check_schemes(self)
+        _check_gate(self)
+
+
+def read_recipe(name: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Return a recipe from a file, from `overrides`, or from a file with some fields overridden.
+
+    A path in a recipe file is relative to that file; in `overrides` it is taken as it is.
+
+    Args:
+        name: the path of a .toml file, the name of a shipped recipe, or None for no file.
+        overrides: fields that replace the file's, as TOML would hold them (paths as strings, lists for tuples).
+
+    Raises:
+        RecipeError: if there is no such recipe, or a field is unknown, missing, wrong, or contradicts another.
+    """
+    data: dict[str, Any] = {}
+    where = "export settings"
+    if name is not None:
+        path = settings.find("recipes", name)
+        where = str(path)
+        data = _relative_to(path.parent, settings.read(path))
+    return from_mapping(Recipe, {**data, **(overrides or {})}, where, RecipeError)
+
+
+def _relative_to(folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a file's fields with paths made relative to its folder; values of wrong types are left for the reader."""
+
+    def moved(value: Any) -> Any:
+        return str(folder / Path(value).expanduser()) if isinstance(value, str) else value
+
+    result = dict(data)
+    for key in ("output", "calibrate"):
+        if key in result:
+            result[key] = moved(result[key])
+    if isinstance(result.get("adapters"), list):
+        result["adapters"] = [moved(item) for item in result["adapters"]]
+    base = result.get("base")
+    if isinstance(base, str) and (base.startswith((".", "/", "~")) or (folder / base).exists()):
+        result["base"] = moved(base)
+    return result
+
+
+def _check_adapters(recipe: Recipe) -> None:
+    if not recipe.adapters:
+        raise RecipeError("there is no adapter to export", hint="name at least one adapter folder")
+    for label, values in (("adapters", recipe.adapters), ("names", recipe.names)):
+        twice = [str(value) for value in values if values.count(value) > 1]
+        if twice:
+            raise RecipeError(f"{label}: {twice[0]!r} occurs twice", hint="give every adapter once, by its own name")
+    if not recipe.base:
+        raise RecipeError("base is empty", hint="give a folder, a GGUF file or a hub id")
+
+
+def _check_merge(recipe: Recipe) -> None:
+    if recipe.merge and len(recipe.adapters) > 1:
+        raise RecipeError(
+            f"merge takes one adapter, got {len(recipe.adapters)}",
+            hint="export one merged bundle per adapter, or leave merge out to get one bundle that swaps them",
+        )
+    if recipe.merge_base is not None and not recipe.merge:
+        raise RecipeError(
+            f"merge_base is {recipe.merge_base!r}, and nothing is merged", hint="add merge, or leave merge_base out"
+        )
+
+
+def _check_schemes(recipe: Recipe) -> None:
+    known = registry.names(SCHEMES)
+    for label, scheme in [("quantize", recipe.quantize), *((f"keep[{key!r}]", v) for key, v in recipe.keep.items())]:
+        if scheme not in known:
+            raise RecipeError(f"{label}: unknown scheme {scheme!r}", hint=f"known: {', '.join(known)}")
+    if recipe.keep and recipe.quantize == "none":
+        raise RecipeError("keep has exceptions, and nothing is quantized", hint="set quantize, or leave keep out")
+
+
+def _check_gate(recipe: Recipe) -> None:
+    if recipe.max_kl is not None and recipe.max_kl < 0:
+        raise RecipeError(f"max_kl must be 0 or more, got {recipe.max_kl}", hint="0.02 is strict, 0.1 is loose")
+    if recipe.min_top1 is not None and not 0 <= recipe.min_top1 <= 1:
+        raise RecipeError(f"min_top1 must be between 0 and 1, got {recipe.min_top1}", hint="0.95 means 95 %")
+    if recipe.max_length is not None and recipe.max_length < 1:
+        raise RecipeError(f"max_length must be at least 1, got {recipe.max_length}", hint="leave it out for the model's")
