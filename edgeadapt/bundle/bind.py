@@ -1,0 +1,192 @@
+"""An adapter's arrays to the graph inputs of a bundle.
+
+At a slot the graph computes y' = (y + (x A) B) * gain + offset; what is not bound keeps its default, the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
+from edgeadapt.bundle.manifest import BaseModule, Manifest, ParameterSlot, Slot
+from edgeadapt.bundle.rules import TERMS
+from edgeadapt.errors import BundleError
+
+Array = NDArray[Any]
+
+_EXPORT_HINT = "export the bundle again together with this adapter, so that its graph gets what the adapter needs"
+_FIT_HINT = "check that the adapter was trained on this bundle's base"
+
+
+def bind(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
+    """Return the graph inputs that an adapter sets, float32 by input name, sorted; all others keep their defaults.
+
+    Raises:
+        BundleError: if the bundle has no slot for something that the adapter changes, a shape does not fit, a value
+            is not finite, or the adapter changes nothing.
+    """
+    if manifest.merged is not None:
+        raise BundleError(
+            f"bundle {manifest.name!r} has no slots: adapter {manifest.merged!r} was merged into it",
+            hint="export without --merge to get a bundle that takes adapters",
+        )
+    slots = {slot.site: slot for slot in manifest.slots}
+    modules = {module.path: module for module in manifest.base.modules}
+    result: dict[str, Array] = {}
+    for site, update in sorted(resolved.sites.items()):
+        if site not in slots:
+            raise _no_slot(resolved.name, "module", site, known=site in modules)
+        _check_update(resolved.name, site, update, modules[site])
+        result |= _bind_site(resolved.name, slots[site], update)
+    result |= _bind_parameters(resolved, manifest, modules)
+    if not result:
+        raise BundleError(f"adapter {resolved.name!r} changes nothing", hint="check that it was trained and saved")
+    return {name: _checked(resolved.name, name, value) for name, value in sorted(result.items())}
+
+
+def _no_slot(adapter: str, noun: str, name: str, *, known: bool) -> BundleError:
+    if not known and noun == "module":
+        return BundleError(f"adapter {adapter!r} changes module {name!r}, which the base does not have", hint=_FIT_HINT)
+    return BundleError(
+        f"adapter {adapter!r} changes {noun} {name!r}, for which this bundle has no slot", hint=_EXPORT_HINT
+    )
+
+
+def _bind_site(adapter: str, slot: Slot, update: SiteUpdate) -> dict[str, Array]:
+    values = {term: value for term in TERMS if (value := getattr(update, term)) is not None}
+    if not values:
+        raise BundleError(f"adapter {adapter!r} names module {slot.site!r} but changes nothing there", hint=_FIT_HINT)
+    for term in values:
+        if term not in slot.inputs:
+            raise BundleError(
+                f"adapter {adapter!r} needs a {term} at module {slot.site!r}, but this bundle's slot takes only "
+                f"{', '.join(sorted(slot.inputs))}",
+                hint=_EXPORT_HINT,
+            )
+    return {slot.inputs[term]: value for term, value in values.items()}
+
+
+def _check_update(adapter: str, site: str, update: SiteUpdate, module: BaseModule) -> None:
+    if (update.a is None) != (update.b is None):
+        raise BundleError(f"adapter {adapter!r} has only half of the pair A, B at module {site!r}", hint=_FIT_HINT)
+    out = _channels(module)
+    for term, value in (("gain", update.gain), ("offset", update.offset)):
+        if value is not None:
+            _check_shape(adapter, f"{term} of module {site!r}", value, (out,))
+    if update.a is None or update.b is None:
+        return
+    if module.type in ("norm", "other"):
+        raise BundleError(
+            f"adapter {adapter!r} has a low-rank term at module {site!r} of type {module.type!r}", hint=_FIT_HINT
+        )
+    rank = update.rank
+    if rank == 0:
+        raise BundleError(f"adapter {adapter!r} has rank 0 at module {site!r}", hint=_FIT_HINT)
+    if module.type == "conv2d":
+        a_shape, b_shape = (rank, *module.weight_shape[1:]), (out, rank, 1, 1)
+    elif module.type == "embedding":
+        a_shape, b_shape = (module.weight_shape[0], rank), (rank, out)
+    else:
+        a_shape, b_shape = (module.in_features, rank), (rank, out)
+    _check_shape(adapter, f"A of module {site!r}", update.a, a_shape)
+    _check_shape(adapter, f"B of module {site!r}", update.b, b_shape)
+
+
+def _channels(module: BaseModule) -> int:
+    """Return the length of a module's last (conv2d: second) output axis."""
+    if module.type == "embedding":
+        return module.weight_shape[1]
+    return module.weight_shape[0] if module.type == "conv2d" else module.out_features
+
+
+def _check_shape(adapter: str, what: str, value: Array, wanted: tuple[int, ...]) -> None:
+    if value.shape != wanted:
+        raise BundleError(
+            f"adapter {adapter!r}: {what} has the shape {list(value.shape)}, this base needs {list(wanted)}",
+            hint=_FIT_HINT,
+        )
+
+
+def _checked(adapter: str, name: str, value: Array) -> Array:
+    if not np.isfinite(value).all():
+        raise BundleError(
+            f"adapter {adapter!r}: {name!r} holds NaN or infinite values", hint="the adapter is damaged; save it again"
+        )
+    result = np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
+    if not np.isfinite(result).all():
+        raise BundleError(f"adapter {adapter!r}: {name!r} does not fit into float32", hint="the adapter is damaged")
+    return result
+
+
+def _bind_parameters(
+    resolved: ResolvedAdapter, manifest: Manifest, modules: Mapping[str, BaseModule]
+) -> dict[str, Array]:
+    slots = {slot.parameter: slot for slot in manifest.parameters}
+    axes: dict[str, tuple[int, str]] = {}
+    result: dict[str, Array] = {}
+    for parameter, value in sorted(resolved.replaced.items()):
+        if parameter not in slots:
+            raise _no_slot(resolved.name, "parameter", parameter, known=True)
+        slot = slots[parameter]
+        _check_parameter(resolved.name, slot, value, axes)
+        result[slot.input] = value
+    for slot in manifest.parameters:
+        if slot.parameter not in resolved.replaced:
+            _check_default(resolved.name, slot, axes, modules)
+    return result
+
+
+def _check_parameter(adapter: str, slot: ParameterSlot, value: Array, axes: dict[str, tuple[int, str]]) -> None:
+    if value.ndim == len(slot.shape):
+        wanted = tuple(
+            axes.get(axis, (size,))[0] if isinstance(axis, str) else axis
+            for axis, size in zip(slot.shape, value.shape, strict=True)
+        )
+    else:
+        wanted = None
+    if value.shape != wanted or value.size == 0:
+        known = [axes[axis][0] if axis in axes else axis for axis in slot.shape]  # type: ignore[index]
+        sources = sorted({axes[axis][1] for axis in slot.shape if axis in axes})  # type: ignore[index]
+        because = f" (as {', '.join(sources)} has it)" if sources else ""
+        raise BundleError(
+            f"adapter {adapter!r}: parameter {slot.parameter!r} has the shape {list(value.shape)}, "
+            f"this bundle needs {_show(known)}{because}",
+            hint=_FIT_HINT,
+        )
+    for axis, size in zip(slot.shape, value.shape, strict=True):
+        if isinstance(axis, str):
+            axes.setdefault(axis, (int(size), slot.parameter))
+
+
+def _check_default(
+    adapter: str, slot: ParameterSlot, axes: Mapping[str, tuple[int, str]], modules: Mapping[str, BaseModule]
+) -> None:
+    """Refuse half a head: a parameter left at the base's value while a neighbour takes another size."""
+    default = _default_shape(slot, modules)
+    for index, axis in enumerate(slot.shape):
+        if not isinstance(axis, str) or axis not in axes:
+            continue
+        size, source = axes[axis]
+        if default is None or default[index] != size:
+            raise BundleError(
+                f"adapter {adapter!r} sets {source!r} with {axis} = {size}, but not {slot.parameter!r}, "
+                f"which must have the same {axis}",
+                hint="save both parameters with the adapter (modules_to_save)",
+            )
+
+
+def _default_shape(slot: ParameterSlot, modules: Mapping[str, BaseModule]) -> tuple[int, ...] | None:
+    path, _, last = slot.parameter.rpartition(".")
+    module = modules.get(path)
+    if module is None:
+        return None
+    shape = module.weight_shape if last == "weight" else (_channels(module),)
+    return shape if len(shape) == len(slot.shape) else None
+
+
+def _show(shape: list[int | str]) -> str:
+    return "[" + ", ".join(str(axis) for axis in shape) + "]"

@@ -1,0 +1,269 @@
+"""A strict reader and a deterministic writer of ONNX Runtime's `.onnx_adapter` files.
+
+The format is a FlatBuffer with file identifier `TORT` (onnxruntime/lora/adapter_format/adapter_schema.fbs):
+
+    table Parameter { name: string; dims: [int64]; data_type: TensorDataType (int32); raw_data: [uint8]; }
+    table Adapter   { format_version: int; adapter_version: int; model_version: int; parameters: [Parameter]; }
+
+ONNX Runtime accepts files that hold NaN, or tensors that its caller never asked for, and old versions crash on crafted
+ones; so every file goes through this reader first. Only float32 and float16 are read and written.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.errors import BundleError
+from edgeadapt.files import read_bytes
+
+Array = NDArray[Any]
+
+IDENTIFIER = b"TORT"
+FORMAT_VERSION = 1
+ALIGNMENT_BYTES = 64
+MAX_BYTES = 2**31 - 1
+"""FlatBuffers hold signed 32-bit offsets to vtables."""
+
+_MAX_PARAMETERS = 100_000
+_MAX_AXES = 8
+_MAX_NAME_BYTES = 1024
+_CODES: Mapping[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2")}  # ONNX TensorProto.DataType
+_PARAMETER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
+_ADAPTER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
+
+
+@dataclass(frozen=True)
+class OnnxAdapter:
+    """What an `.onnx_adapter` file holds. `tensors` are read-only views in the file's dtype, by graph input name."""
+
+    adapter_version: int
+    model_version: int
+    tensors: Mapping[str, Array]
+
+
+def read_onnx_adapter(path: Path) -> OnnxAdapter:
+    """Return the content of the file at `path`.
+
+    Raises:
+        BundleError: if the file is damaged or holds something that may not be bound.
+        FileError: if it cannot be read.
+    """
+    return parse_onnx_adapter(read_bytes(path, max_bytes=MAX_BYTES), str(path))
+
+
+def parse_onnx_adapter(data: bytes, where: str) -> OnnxAdapter:
+    """Return the content of `data`, every offset checked.
+
+    Args:
+        data: a whole file.
+        where: what it is, for messages.
+
+    Raises:
+        BundleError: on a wrong identifier or version, an offset or length out of range, a dtype other than float32
+            and float16, dimensions that do not match the data, duplicate names, no tensors, or values that are NaN
+            or infinite.
+    """
+    reader = _Reader(data, where)
+    if data[4:8] != IDENTIFIER:
+        raise reader.error(f"bytes 4 to 8 are {data[4:8]!r}, not {IDENTIFIER!r}")
+    root = reader.table(reader.follow(0), fields=4)
+    version = reader.scalar(root[0])
+    if version != FORMAT_VERSION:
+        raise reader.error(f"format version {version}, only {FORMAT_VERSION} is known")
+    positions = reader.vector(root[3], 4, "parameters")
+    if not 0 < positions.count <= _MAX_PARAMETERS:
+        raise reader.error(f"{positions.count} parameters, must be 1 to {_MAX_PARAMETERS}")
+    tensors: dict[str, Array] = {}
+    used = 0
+    for index in range(positions.count):
+        name, value = _parameter(reader, reader.follow(positions.start + 4 * index))
+        used += value.nbytes
+        if name in tensors:
+            raise reader.error(f"two tensors are named {name!r}")
+        if used > len(data):
+            raise reader.error("tensors share their data")
+        tensors[name] = value
+    return OnnxAdapter(reader.scalar(root[1]), reader.scalar(root[2]), dict(sorted(tensors.items())))
+
+
+def dump_onnx_adapter(tensors: Mapping[str, Array], *, adapter_version: int = 1, model_version: int = 1) -> bytes:
+    """Return `tensors` as the bytes of an `.onnx_adapter` file, the same bytes for the same tensors.
+
+    Parameters are sorted by name; their data is aligned to 64 bytes, so that a mapped file can be used in place.
+
+    Args:
+        tensors: float32 or float16 arrays by graph input name.
+        adapter_version: a free number, kept in the file.
+        model_version: a free number, kept in the file.
+
+    Raises:
+        BundleError: on another dtype, an empty tensor, values that are NaN or infinite, or more than 2 GiB.
+    """
+    items = sorted(tensors.items())
+    _check_writable(items)
+    header_bytes = 8
+    vtables = header_bytes
+    root = vtables + len(_ADAPTER_VTABLE) + len(_PARAMETER_VTABLE)
+    vector = root + 20
+    tables = vector + 4 + 4 * len(items)
+    out = bytearray(struct.pack("<I", root) + IDENTIFIER + _ADAPTER_VTABLE + _PARAMETER_VTABLE)
+    out += struct.pack("<iiiiI", root - vtables, FORMAT_VERSION, adapter_version, model_version, vector - (root + 16))
+    out += struct.pack("<I", len(items))
+    out += b"".join(struct.pack("<I", tables + 20 * i - (vector + 4 + 4 * i)) for i in range(len(items)))
+    out += bytes(20 * len(items))
+    parameter_vtable = vtables + len(_ADAPTER_VTABLE)
+    for index, (name, value) in enumerate(items):
+        table = tables + 20 * index
+        positions = _append(out, name, value)
+        code = next(code for code, dtype in _CODES.items() if dtype == value.dtype)
+        name_at, dims_at, raw_at = (at - (table + field) for at, field in zip(positions, (4, 8, 16), strict=True))
+        struct.pack_into("<iIIiI", out, table, table - parameter_vtable, name_at, dims_at, code, raw_at)
+    return bytes(out)
+
+
+def _check_writable(items: list[tuple[str, Array]]) -> None:
+    if not items:
+        raise BundleError("an adapter file needs at least one tensor", hint="check that the adapter changes something")
+    total = sum(value.nbytes + 2 * ALIGNMENT_BYTES + len(name.encode()) for name, value in items)
+    if total > MAX_BYTES - _MAX_PARAMETERS:
+        raise BundleError(
+            f"the adapter's tensors need {total} bytes; an .onnx_adapter file holds at most 2 GiB",
+            hint="use float16, a smaller rank, or merge this adapter with --merge",
+        )
+    for name, value in items:
+        if value.dtype not in _CODES.values():
+            raise BundleError(f"tensor {name!r} is {value.dtype}", hint="write float32 or float16")
+        if value.size == 0:
+            raise BundleError(f"tensor {name!r} is empty: shape {list(value.shape)}", hint="leave it out")
+        if not np.isfinite(value).all():
+            raise BundleError(f"tensor {name!r} holds NaN or infinite values", hint="the adapter is damaged")
+
+
+def _append(out: bytearray, name: str, value: Array) -> tuple[int, int, int]:
+    """Append a tensor's name, dims and data; return the three positions of their length fields."""
+    out += bytes(-len(out) % 4)
+    name_at = len(out)
+    encoded = name.encode()
+    out += struct.pack("<I", len(encoded)) + encoded + b"\0"
+    out += bytes(-(len(out) + 4) % 8)
+    dims_at = len(out)
+    out += struct.pack(f"<I{value.ndim}q", value.ndim, *value.shape)
+    out += bytes(-(len(out) + 4) % ALIGNMENT_BYTES)
+    raw_at = len(out)
+    out += struct.pack("<I", value.nbytes)
+    out += np.ascontiguousarray(value).astype(value.dtype.newbyteorder("<"), copy=False).tobytes()
+    return name_at, dims_at, raw_at
+
+
+def _parameter(reader: _Reader, position: int) -> tuple[str, Array]:
+    fields = reader.table(position, fields=4)
+    name = reader.string(fields[0])
+    code = reader.scalar(fields[2])
+    dtype = _CODES.get(code)
+    if dtype is None:
+        raise reader.error(f"tensor {name!r} has data type {code}; only 1 (float32) and 10 (float16) are allowed")
+    dims = reader.vector(fields[1], 8, f"dims of {name!r}")
+    if dims.count > _MAX_AXES:
+        raise reader.error(f"tensor {name!r} has {dims.count} axes, at most {_MAX_AXES} are allowed")
+    shape = struct.unpack_from(f"<{dims.count}q", reader.data, dims.start)
+    if any(not 0 < axis < 2**31 for axis in shape):
+        raise reader.error(f"tensor {name!r} has the shape {list(shape)}")
+    raw = reader.vector(fields[3], 1, f"data of {name!r}")
+    count = math.prod(shape)
+    if count * dtype.itemsize != raw.count:
+        raise reader.error(
+            f"tensor {name!r} of shape {list(shape)} needs {count * dtype.itemsize} bytes, has {raw.count}"
+        )
+    value = np.frombuffer(reader.data, dtype, count, raw.start).reshape(shape)
+    if not np.isfinite(value).all():
+        raise reader.error(f"tensor {name!r} holds NaN or infinite values")
+    return name, value
+
+
+@dataclass(frozen=True)
+class _Vector:
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Bounds-checked access to a FlatBuffer (https://flatbuffers.dev/internals). Positions are from its start."""
+
+    data: bytes
+    where: str
+
+    def error(self, message: str) -> BundleError:
+        return BundleError(
+            f"{self.where}: not a valid .onnx_adapter file: {message}",
+            hint="the file is damaged or was not made by edgeadapt; remove the adapter and add it again",
+        )
+
+    def check(self, position: int, size: int, align: int) -> None:
+        if position < 0 or position + size > len(self.data):
+            raise self.error(f"it ends at byte {len(self.data)}, but bytes {position} to {position + size} are needed")
+        if position % align:
+            raise self.error(f"byte {position} is not aligned to {align} bytes")
+
+    def u16(self, position: int) -> int:
+        self.check(position, 2, 2)
+        return int.from_bytes(self.data[position : position + 2], "little")
+
+    def u32(self, position: int) -> int:
+        self.check(position, 4, 4)
+        return int.from_bytes(self.data[position : position + 4], "little")
+
+    def i32(self, position: int) -> int:
+        self.check(position, 4, 4)
+        return int.from_bytes(self.data[position : position + 4], "little", signed=True)
+
+    def follow(self, position: int) -> int:
+        """Return where the offset at `position` leads."""
+        return position + self.u32(position)
+
+    def table(self, position: int, fields: int) -> tuple[int, ...]:
+        """Return the position of each field of a table, 0 where it is absent (its default then holds)."""
+        vtable = position - self.i32(position)
+        vtable_bytes, table_bytes = self.u16(vtable), self.u16(vtable + 2)
+        if vtable_bytes < 4 or vtable_bytes % 2 or table_bytes < 4:
+            raise self.error(f"the vtable at byte {vtable} is not one")
+        self.check(vtable, vtable_bytes, 2)
+        self.check(position, table_bytes, 4)
+        offsets = [self.u16(vtable + 4 + 2 * i) for i in range((vtable_bytes - 4) // 2)]
+        if any(offsets[fields:]):
+            raise self.error(f"the table at byte {position} has unknown fields")
+        if any(offset and not 4 <= offset <= table_bytes - 4 for offset in offsets):
+            raise self.error(f"a field of the table at byte {position} lies outside of it")
+        offsets = [*offsets[:fields], *[0] * (fields - len(offsets))]
+        return tuple(position + offset if offset else 0 for offset in offsets)
+
+    def scalar(self, position: int) -> int:
+        return self.i32(position) if position else 0
+
+    def vector(self, field: int, item_bytes: int, what: str) -> _Vector:
+        if not field:
+            raise self.error(f"{what} are missing")
+        position = self.follow(field)
+        count = self.u32(position)
+        self.check(position + 4, count * item_bytes, min(item_bytes, 8))
+        return _Vector(position + 4, count)
+
+    def string(self, field: int) -> str:
+        vector = self.vector(field, 1, "a parameter's name")
+        if not 0 < vector.count <= _MAX_NAME_BYTES:
+            raise self.error(f"a parameter's name has {vector.count} bytes, must be 1 to {_MAX_NAME_BYTES}")
+        try:
+            text = self.data[vector.start : vector.start + vector.count].decode("utf-8")
+        except UnicodeDecodeError as cause:
+            raise self.error(f"a parameter's name is not UTF-8: {cause}") from cause
+        if not text.isprintable():
+            raise self.error(f"a parameter's name holds control characters: {text!r}")
+        return text

@@ -1,0 +1,214 @@
+"""What makes a manifest valid, and its one spelling as JSON: rules without files."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from edgeadapt.bundle.base import base_fingerprint
+from edgeadapt.bundle.manifest import SCHEMA, Manifest, Slot
+from edgeadapt.bundle.names import ADAPTER_FILES, check_adapter_name, check_file_path
+from edgeadapt.errors import BundleError
+from edgeadapt.fields import from_mapping, to_mapping
+from edgeadapt.files import canonical_json, parse_json
+
+WEIGHTS_FILE = "graph/weights.bin"
+ROLES = ("graph", "weights", "asset", "adapter", "golden")
+TERMS = ("a", "b", "gain", "offset")
+ADAPTER_DTYPES = ("float32", "float16")
+MODULE_TYPES = ("linear", "conv1d", "conv2d", "embedding", "norm", "other")
+
+_HINT = "the bundle is damaged or was not written by edgeadapt; export it again"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def dump_manifest(manifest: Manifest) -> bytes:
+    """Return the bytes of `manifest.json`, with the digest filled in.
+
+    Raises:
+        BundleError: if the manifest breaks a rule.
+    """
+    check_manifest(manifest, "the new manifest")
+    return canonical_json(to_mapping(dataclasses.replace(manifest, digest=manifest_digest(manifest))))
+
+
+def manifest_digest(manifest: Manifest) -> str:
+    """Return the SHA-256 of the manifest's canonical JSON with an empty digest."""
+    return hashlib.sha256(canonical_json(to_mapping(dataclasses.replace(manifest, digest="")))).hexdigest()
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Return the manifest that the bytes of a `manifest.json` hold.
+
+    Raises:
+        BundleError: if it is of another format, not exactly what `dump_manifest` writes, or breaks a rule.
+    """
+    content = parse_json(data, where, BundleError)
+    schema = content.get("schema") if isinstance(content, Mapping) else None
+    if schema != SCHEMA:
+        raise BundleError(
+            f"{where}: schema is {schema!r}, this version of edgeadapt reads {SCHEMA!r}",
+            hint="open it with the edgeadapt that wrote it, or export it again",
+        )
+    manifest = from_mapping(Manifest, content, where, BundleError)
+    if manifest.digest != manifest_digest(manifest):
+        raise BundleError(f"{where}: its digest does not match: it was changed after it was written", hint=_HINT)
+    if data != canonical_json(to_mapping(manifest)):
+        raise BundleError(f"{where}: not in canonical form: it was changed after it was written", hint=_HINT)
+    check_manifest(manifest, where)
+    return manifest
+
+
+def check_manifest(manifest: Manifest, where: str) -> None:
+    """Check every rule of format 1 that needs no file.
+
+    Raises:
+        BundleError: on the first rule that is broken, naming the field.
+    """
+    if manifest.schema != SCHEMA:
+        raise _broken(where, f"schema is {manifest.schema!r}, must be {SCHEMA!r}")
+    _check_choice(where, "adapter_dtype", manifest.adapter_dtype, ADAPTER_DTYPES)
+    _check_base(manifest, where)
+    _check_files(manifest, where)
+    _check_graphs(manifest, where)
+    _check_slots(manifest, where)
+    _check_inputs(manifest, where)
+    _check_adapters(manifest, where)
+
+
+def adapter_paths(name: str) -> tuple[str, ...]:
+    """Return the paths of an adapter's files in a bundle."""
+    return tuple(f"adapters/{name}/{file}" for file in ADAPTER_FILES)
+
+
+def slot_inputs(manifest: Manifest) -> dict[str, str]:
+    """Return what each adapter input of the graphs belongs to: input name to site or parameter name."""
+    inputs = {name: slot.site for slot in manifest.slots for name in slot.inputs.values()}
+    return inputs | {parameter.input: parameter.parameter for parameter in manifest.parameters}
+
+
+def _broken(where: str, message: str) -> BundleError:
+    return BundleError(f"{where}: {message}", hint=_HINT)
+
+
+def _check_choice(where: str, name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise _broken(where, f"{name} is {value!r}, must be one of {', '.join(allowed)}")
+
+
+def _check_unique(where: str, what: str, values: Iterable[str]) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise _broken(where, f"{what} {twice[0]!r} occurs twice")
+
+
+def _check_base(manifest: Manifest, where: str) -> None:
+    base = manifest.base
+    _check_unique(where, "base module", (module.path for module in base.modules))
+    for module in base.modules:
+        _check_choice(where, f"type of base module {module.path!r}", module.type, MODULE_TYPES)
+    fingerprint = base_fingerprint(base.modules)
+    if base.fingerprint != fingerprint:
+        raise _broken(where, f"base.fingerprint is {base.fingerprint}, its modules give {fingerprint}")
+
+
+def _check_files(manifest: Manifest, where: str) -> None:
+    for path, record in manifest.files.items():
+        check_file_path(path, where)
+        _check_choice(where, f"role of {path}", record.role, ROLES)
+        if record.role != file_role(path):
+            raise _broken(where, f"role of {path} is {record.role!r}, must be {file_role(path)!r}")
+        if record.size < 0 or not _SHA256.fullmatch(record.sha256):
+            raise _broken(where, f"size or digest of {path} is not one: {record.size}, {record.sha256!r}")
+    _check_unique(where, "path but for case", (path.lower() for path in manifest.files))
+
+
+def file_role(path: str) -> str | None:
+    """Return the role that a file's place in a bundle gives it, or None where no file belongs."""
+    parts = path.split("/")
+    if path == WEIGHTS_FILE:
+        return "weights"
+    if parts[0] == "graph" and len(parts) == 2 and path.endswith(".onnx"):
+        return "graph"
+    if parts[0] == "assets" and len(parts) >= 2:
+        return "asset"
+    if parts[0] == "adapters" and len(parts) == 3 and parts[2] in ADAPTER_FILES:
+        return "golden" if parts[2] == "golden.safetensors" else "adapter"
+    return None
+
+
+def _check_graphs(manifest: Manifest, where: str) -> None:
+    if not manifest.graphs:
+        raise _broken(where, "graphs is empty")
+    used = [path for graph in manifest.graphs.values() for path in (graph.plain, graph.slots) if path is not None]
+    _check_unique(where, "graph file", used)
+    listed = {path for path, record in manifest.files.items() if record.role == "graph"}
+    for path in sorted(listed ^ set(used)):
+        place = "files but not in graphs" if path in listed else "graphs but not in files"
+        raise _broken(where, f"graph file {path!r} is in {place}")
+    if manifest.merged is not None:
+        filled = [role for role, graph in manifest.graphs.items() if graph.slots is not None]
+        if filled or manifest.slots or manifest.parameters or manifest.adapters:
+            raise _broken(where, f"adapter {manifest.merged!r} is merged, so there can be no slots and no adapters")
+
+
+def _check_slots(manifest: Manifest, where: str) -> None:
+    _check_unique(where, "slot", (slot.site for slot in manifest.slots))
+    _check_unique(where, "parameter slot", (parameter.parameter for parameter in manifest.parameters))
+    modules = {module.path for module in manifest.base.modules}
+    for slot in manifest.slots:
+        if slot.site not in modules:
+            raise _broken(where, f"slot {slot.site!r} is not a module of the base")
+        _check_slot(slot, where)
+        _check_roles(slot.site, slot.graphs, manifest, where)
+    for parameter in manifest.parameters:
+        if any(isinstance(axis, int) and axis <= 0 for axis in parameter.shape):
+            raise _broken(where, f"parameter slot {parameter.parameter!r} has the shape {list(parameter.shape)}")
+        _check_roles(parameter.parameter, parameter.graphs, manifest, where)
+
+
+def _check_roles(name: str, roles: tuple[str, ...], manifest: Manifest, where: str) -> None:
+    if not roles:
+        raise _broken(where, f"slot {name!r} is in no graph")
+    for role in roles:
+        if role not in manifest.graphs or manifest.graphs[role].slots is None:
+            raise _broken(where, f"slot {name!r} names graph {role!r}, which has no slots")
+
+
+def _check_slot(slot: Slot, where: str) -> None:
+    _check_choice(where, f"type of slot {slot.site!r}", slot.type, MODULE_TYPES)
+    for term in slot.inputs:
+        _check_choice(where, f"term of slot {slot.site!r}", term, TERMS)
+    if not slot.inputs or ("a" in slot.inputs) != ("b" in slot.inputs):
+        raise _broken(where, f"slot {slot.site!r} has the terms {sorted(slot.inputs)}: a and b go together")
+    if slot.type in ("norm", "other") and "a" in slot.inputs:
+        raise _broken(where, f"slot {slot.site!r} is of type {slot.type!r}, which has no a and b")
+
+
+def _check_inputs(manifest: Manifest, where: str) -> None:
+    slots = [name for slot in manifest.slots for name in slot.inputs.values()]
+    names = [*slots, *(parameter.input for parameter in manifest.parameters)]
+    _check_unique(where, "adapter input", names)
+    for role, graph in manifest.graphs.items():
+        _check_unique(where, f"input of graph {role!r}", graph.inputs)
+        for name in graph.inputs:
+            if name in names:
+                raise _broken(where, f"adapter input {name!r} is a data input of graph {role!r}")
+
+
+def _check_adapters(manifest: Manifest, where: str) -> None:
+    for name, record in manifest.adapters.items():
+        check_adapter_name(name, manifest.adapters)
+        for path in adapter_paths(name):
+            if path not in manifest.files:
+                raise _broken(where, f"adapter {name!r} has no file {path!r}")
+        for field in ("parameters", "tolerance", "minimum_effect"):
+            if (value := getattr(record, field)) <= 0:
+                raise _broken(where, f"{field} of adapter {name!r} is {value}, must be above 0")
+    for path in manifest.files:
+        parts = path.split("/")
+        if parts[0] == "adapters" and parts[1] not in manifest.adapters:
+            raise _broken(where, f"file {path!r} belongs to no adapter")
