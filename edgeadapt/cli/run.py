@@ -1,0 +1,1 @@
+"""`edgeadapt run`: a bundle at work."""
