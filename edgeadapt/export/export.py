@@ -47,7 +47,7 @@ def export_graph(base: BaseModel, *, replaced: Iterable[str] = (), progress: Pro
     task = task_of(base)
     seconds: dict[str, float] = {}
     models = {}
-    tracing = getattr(task, "tracing", _plain_attention)
+    tracing = getattr(task, "tracing", contextlib.nullcontext)
     with torch.no_grad(), tracing(base):
         traces = task.traces(base)
         for role, trace in traces.items():
@@ -63,18 +63,3 @@ def export_graph(base: BaseModel, *, replaced: Iterable[str] = (), progress: Pro
             seconds[f"fuse_{role}_s"] = time.perf_counter() - start
             models[role] = model
     return Graph(models=models, task=base.task, generation=task.generation(base), seconds=seconds)
-
-
-@contextlib.contextmanager
-def _plain_attention(base: BaseModel):  # type: ignore[no-untyped-def]
-    """Use the attention written in plain operators; its fused forms hide masks in code that torch cannot trace."""
-    config = base.config
-    before = getattr(config, "_attn_implementation", None)
-    if before is None:
-        yield
-        return
-    base.module.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        base.module.set_attn_implementation(before)

@@ -9,7 +9,6 @@ from edgeadapt.export.trace import Trace
 from edgeadapt.merging.base_model import BaseModel
 
 ORDER = 1
-ATTENTION = None
 
 
 def claims(base: BaseModel) -> bool:

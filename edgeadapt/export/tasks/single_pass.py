@@ -13,7 +13,6 @@ from edgeadapt.export.trace import Trace
 from edgeadapt.merging.base_model import BaseModel
 
 ORDER = 9
-ATTENTION = "eager"
 
 
 def claims(base: BaseModel) -> bool:
@@ -57,6 +56,8 @@ class _Single(torch.nn.Module):
 
 
 def _inputs(base: BaseModel) -> tuple[dict[str, torch.Tensor], dict[str, Mapping[int, str]]]:
+    # Importing the package registers its architectures.
+    import optimum.exporters.onnx.model_configs  # noqa: F401
     from optimum.exporters.tasks import TasksManager
 
     try:
