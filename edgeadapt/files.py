@@ -10,8 +10,9 @@ import os
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +22,8 @@ from edgeadapt.errors import EdgeAdaptError, FileError
 
 if sys.platform != "win32":
     import fcntl
+
+LOCK_FILE = ".lock"
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large", "os error 28", "os error 27")
@@ -50,12 +53,13 @@ def staged_directory(target: Path, *, force: bool, replaces: str = "manifest.jso
     staging = target.parent / f".{target.name}.tmp-{secrets.token_hex(4)}"
     lock: int | None = None
     try:
-        _make_staging(staging, target)
-        lock = _hold(staging)
+        with write_errors(target):
+            staging.mkdir()
+            lock = _flock(staging)
         yield staging
         _commit(staging, target, force, replaces)
     except BaseException as error:
-        _remove_tree(staging)
+        remove_tree(staging)
         for folder in made:
             _remove_if_empty(folder)
         if _is_full(error):
@@ -74,19 +78,53 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(4)}"
+    with write_errors(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextmanager
+def write_errors(target: Path) -> Iterator[None]:
+    """Turn an operating system's refusal inside the block into a `FileError` that names `target`."""
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        yield
     except OSError as error:
         if _is_full(error):
-            _raise_full(path, error)
-        raise FileError(f"cannot write {path}: {_reason(error)}", hint=_write_hint(path.parent)) from error
+            _raise_full(target, error)
+        raise FileError(f"cannot write {target}: {_reason(error)}", hint=_write_hint(target.parent)) from error
+
+
+@contextmanager
+def locked_directory(folder: Path, *, wait_s: float) -> Iterator[None]:
+    """Keep other processes from changing `folder` while the block runs; readers are not held up.
+
+    The folder itself is locked, so no file is left behind and a killed process frees it. Where the system cannot do
+    that (Windows, some network disks) a file `.lock` stands for the lock.
+
+    Raises:
+        FileError: if another process still holds the lock after `wait_s` seconds, or the folder is gone.
+    """
+    deadline = time.monotonic() + wait_s
+    while (release := _try_lock(folder)) is None:
+        if time.monotonic() >= deadline:
+            raise FileError(
+                f"another process is changing {folder}",
+                hint=f"wait until it is done; if none runs, remove {folder / LOCK_FILE}",
+            )
+        time.sleep(0.05)
+    try:
+        yield
     finally:
-        temporary.unlink(missing_ok=True) if temporary.parent.is_dir() else None
+        release()
 
 
 def read_bytes(path: Path, *, max_bytes: int | None = None) -> bytes:
@@ -228,28 +266,19 @@ def _make_parents(parent: Path) -> list[Path]:
     return made
 
 
-def _make_staging(staging: Path, target: Path) -> None:
-    try:
-        staging.mkdir()
-    except OSError as error:
-        raise FileError(f"cannot write {target}: {_reason(error)}", hint=_write_hint(target.parent)) from error
-
-
 def _commit(staging: Path, target: Path, force: bool, replaces: str) -> None:
     sync_tree(staging)
     _check_target(target, force, replaces)  # again: it may have appeared meanwhile
-    try:
+    with write_errors(target):
         if not os.path.lexists(target):
             staging.rename(target)
-        elif _exchange(staging, target):
-            pass
         else:
-            _replace_in_two_steps(staging, target)
-    except OSError as error:
-        raise FileError(f"cannot write {target}: {_reason(error)}", hint=_write_hint(target.parent)) from error
-    sync_folder(target.parent)
+            with locked_directory(target, wait_s=0):
+                if not _exchange(staging, target):
+                    _replace_in_two_steps(staging, target)
+        sync_folder(target.parent)
     if staging.exists():  # after an exchange it is the old target
-        _remove_tree(staging)
+        remove_tree(staging)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -271,17 +300,49 @@ def _replace_in_two_steps(staging: Path, target: Path) -> None:
     except BaseException:
         old.rename(target)
         raise
-    _remove_tree(old)
+    remove_tree(old)
 
 
-def _hold(folder: Path) -> int | None:
-    """Lock a folder as in use by this process; the lock goes when the process does."""
+def _try_lock(folder: Path) -> Callable[[], None] | None:
+    """Return how to release the lock on `folder`, or None if another process holds it."""
+    if not folder.is_dir():
+        raise FileError(f"{folder} is not a folder", hint="check the path")
+    with write_errors(folder):
+        try:
+            descriptor = _flock(folder)
+        except BlockingIOError:
+            return None
+        if descriptor is None:
+            return _try_lock_file(folder / LOCK_FILE)
+        if not folder.is_dir() or folder.stat().st_ino != os.fstat(descriptor).st_ino:
+            os.close(descriptor)  # it was exchanged for another one meanwhile
+            return None
+    return lambda: os.close(descriptor)
+
+
+def _try_lock_file(path: Path) -> Callable[[], None] | None:
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        return None
+    return lambda: path.unlink(missing_ok=True)
+
+
+def _flock(folder: Path) -> int | None:
+    """Lock a folder for this process and return the open descriptor; None where the system has no such locks.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
     if sys.platform == "win32":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # a file system without locks: then nothing is ever taken for stale either
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:  # a network disk without locks on folders
         os.close(descriptor)
         return None
     return descriptor
@@ -289,22 +350,19 @@ def _hold(folder: Path) -> int | None:
 
 def _remove_stale(target: Path) -> None:
     """Remove staging folders for `target` whose process is gone: nobody holds their lock."""
-    if sys.platform == "win32":
-        return
     prefix = f".{target.name}.tmp-"
-    try:
-        found = [path for path in target.parent.iterdir() if path.name.startswith(prefix) and path.is_dir()]
-    except OSError as error:
-        raise FileError(
-            f"cannot look into {target.parent}: {_reason(error)}", hint=_write_hint(target.parent)
-        ) from error
-    for path in found:
-        if (lock := _hold(path)) is not None:
-            _remove_tree(path)
-            os.close(lock)
+    with write_errors(target):
+        for path in [path for path in target.parent.iterdir() if path.name.startswith(prefix) and path.is_dir()]:
+            try:
+                lock = _flock(path)
+            except BlockingIOError:
+                continue
+            if lock is not None:
+                remove_tree(path)
+                os.close(lock)
 
 
-def _remove_tree(folder: Path) -> None:
+def remove_tree(folder: Path) -> None:
     """Remove a folder; a Ctrl-C meanwhile waits until it is gone."""
     try:
         shutil.rmtree(folder, ignore_errors=True)

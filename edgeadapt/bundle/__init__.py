@@ -1,1 +1,27 @@
 """The bundle, format 1: what an app ships. docs/formats/bundle-1.md is the normative text."""
+
+from edgeadapt.bundle.add import insert_adapter, remove_adapter
+from edgeadapt.bundle.bind import bind, check_inputs
+from edgeadapt.bundle.blend import blend
+from edgeadapt.bundle.bundle import Bundle, open_bundle
+from edgeadapt.bundle.golden import Golden, check_golden, make_golden
+from edgeadapt.bundle.verify import Finding, verify_files
+from edgeadapt.bundle.write import write_adapter, write_assets, write_manifest
+
+__all__ = [
+    "Bundle",
+    "Finding",
+    "Golden",
+    "bind",
+    "blend",
+    "check_golden",
+    "check_inputs",
+    "insert_adapter",
+    "make_golden",
+    "open_bundle",
+    "remove_adapter",
+    "verify_files",
+    "write_adapter",
+    "write_assets",
+    "write_manifest",
+]

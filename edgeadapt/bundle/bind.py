@@ -48,6 +48,48 @@ def bind(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
     return {name: _checked(resolved.name, name, value) for name, value in sorted(result.items())}
 
 
+def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> ResolvedAdapter:
+    """Return the adapter that graph inputs stand for: the inverse of `bind`. Shapes are checked by `bind`, not here.
+
+    Raises:
+        BundleError: if an input is not one that an adapter may set; one that is named like the app's own data would
+            silently replace it.
+    """
+    sites: dict[str, dict[str, Array]] = {}
+    replaced: dict[str, Array] = {}
+    places = {input_: (slot.site, term) for slot in manifest.slots for term, input_ in slot.inputs.items()}
+    parameters = {slot.input: slot.parameter for slot in manifest.parameters}
+    for input_, value in inputs.items():
+        if input_ in places:
+            site, term = places[input_]
+            sites.setdefault(site, {})[term] = value
+        elif input_ in parameters:
+            replaced[parameters[input_]] = value
+        else:
+            raise _not_settable(name, input_, manifest)
+    record = manifest.adapters.get(name)
+    updates = {site: SiteUpdate(**terms) for site, terms in sites.items()}
+    return ResolvedAdapter(name, "" if record is None else record.kind, updates, replaced)
+
+
+def check_inputs(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> dict[str, Array]:
+    """Return graph inputs as float32, sorted, after all checks of `bind`.
+
+    Raises:
+        BundleError: as `unbind` and `bind` do.
+    """
+    return bind(unbind(name, inputs, manifest), manifest)
+
+
+def _not_settable(name: str, input_: str, manifest: Manifest) -> BundleError:
+    data = [role for role, graph in manifest.graphs.items() if input_ in graph.inputs]
+    what = f"a data input of graph {data[0]!r}" if data else "no adapter input of this bundle"
+    return BundleError(
+        f"adapter {name!r} sets {input_!r}, which is {what}",
+        hint="the adapter's file was tampered with or belongs to another bundle; remove it",
+    )
+
+
 def _no_slot(adapter: str, noun: str, name: str, *, known: bool) -> BundleError:
     if not known and noun == "module":
         return BundleError(f"adapter {adapter!r} changes module {name!r}, which the base does not have", hint=_FIT_HINT)
@@ -77,23 +119,27 @@ def _check_update(adapter: str, site: str, update: SiteUpdate, module: BaseModul
     for term, value in (("gain", update.gain), ("offset", update.offset)):
         if value is not None:
             _check_shape(adapter, f"{term} of module {site!r}", value, (out,))
-    if update.a is None or update.b is None:
-        return
+    if update.a is not None and update.b is not None:
+        _check_low_rank(adapter, update.a, update.b, module)
+
+
+def _check_low_rank(adapter: str, a: Array, b: Array, module: BaseModule) -> None:
     if module.type in ("norm", "other"):
         raise BundleError(
-            f"adapter {adapter!r} has a low-rank term at module {site!r} of type {module.type!r}", hint=_FIT_HINT
+            f"adapter {adapter!r} has a low-rank term at module {module.path!r} of type {module.type!r}", hint=_FIT_HINT
         )
-    rank = update.rank
+    out = _channels(module)
+    rank = SiteUpdate(a=a, b=b).rank if b.ndim in (2, 4) else 0
     if rank == 0:
-        raise BundleError(f"adapter {adapter!r} has rank 0 at module {site!r}", hint=_FIT_HINT)
+        raise BundleError(f"adapter {adapter!r} has rank 0 at module {module.path!r}", hint=_FIT_HINT)
+    a_shape: tuple[int, ...] = (module.in_features, rank)
+    b_shape: tuple[int, ...] = (rank, out)
     if module.type == "conv2d":
         a_shape, b_shape = (rank, *module.weight_shape[1:]), (out, rank, 1, 1)
     elif module.type == "embedding":
-        a_shape, b_shape = (module.weight_shape[0], rank), (rank, out)
-    else:
-        a_shape, b_shape = (module.in_features, rank), (rank, out)
-    _check_shape(adapter, f"A of module {site!r}", update.a, a_shape)
-    _check_shape(adapter, f"B of module {site!r}", update.b, b_shape)
+        a_shape = (module.weight_shape[0], rank)
+    _check_shape(adapter, f"A of module {module.path!r}", a, a_shape)
+    _check_shape(adapter, f"B of module {module.path!r}", b, b_shape)
 
 
 def _channels(module: BaseModule) -> int:
@@ -141,16 +187,11 @@ def _bind_parameters(
 
 
 def _check_parameter(adapter: str, slot: ParameterSlot, value: Array, axes: dict[str, tuple[int, str]]) -> None:
-    if value.ndim == len(slot.shape):
-        wanted = tuple(
-            axes.get(axis, (size,))[0] if isinstance(axis, str) else axis
-            for axis, size in zip(slot.shape, value.shape, strict=True)
-        )
-    else:
-        wanted = None
-    if value.shape != wanted or value.size == 0:
-        known = [axes[axis][0] if axis in axes else axis for axis in slot.shape]  # type: ignore[index]
-        sources = sorted({axes[axis][1] for axis in slot.shape if axis in axes})  # type: ignore[index]
+    known = [axes[axis][0] if isinstance(axis, str) and axis in axes else axis for axis in slot.shape]
+    fits = value.ndim == len(known) and value.size > 0
+    fits = fits and all(isinstance(want, str) or want == have for want, have in zip(known, value.shape, strict=True))
+    if not fits:
+        sources = sorted({axes[axis][1] for axis in slot.shape if isinstance(axis, str) and axis in axes})
         because = f" (as {', '.join(sources)} has it)" if sources else ""
         raise BundleError(
             f"adapter {adapter!r}: parameter {slot.parameter!r} has the shape {list(value.shape)}, "

@@ -87,13 +87,13 @@ def _blend_slot(parts: Sequence[Part], slot: Slot) -> dict[str, Array]:
 
 
 def _blend_gain(parts: Sequence[Part], slot: Slot) -> Array | None:
-    name = slot.inputs.get("gain")
+    name = slot.inputs.get("gain", "")
     terms = [weight * (_wide(inputs[name]) - 1) for weight, inputs in parts if name in inputs]
     return 1 + np.sum(terms, axis=0) if terms else None
 
 
 def _blend_low_rank(parts: Sequence[Part], slot: Slot, gain: Array | None) -> dict[str, Array]:
-    a_name, b_name, gain_name = slot.inputs["a"], slot.inputs["b"], slot.inputs.get("gain")
+    a_name, b_name, gain_name = slot.inputs["a"], slot.inputs["b"], slot.inputs.get("gain", "")
     convolution = slot.type == "conv2d"
     a_parts: list[Array] = []
     b_parts: list[Array] = []
