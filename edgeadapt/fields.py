@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import numpy as np
-
 from edgeadapt.errors import EdgeAdaptError
 
 T = TypeVar("T")
@@ -232,7 +230,7 @@ def _plain(value: Any, skip_none: bool) -> Any:
         return [_plain(item, skip_none) for item in value]
     if isinstance(value, Path):
         return value.as_posix()
-    if isinstance(value, np.generic):
+    if type(value).__module__ == "numpy" and value.ndim == 0:  # a scalar; numpy is not imported for the check
         return value.item()
     if value is None or isinstance(value, str | int | float | bool):
         return value

@@ -16,8 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
 from edgeadapt.errors import EdgeAdaptError, FileError
 
 if sys.platform != "win32":
@@ -403,6 +401,6 @@ def _write_hint(folder: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
+    if type(value).__module__ == "numpy" and value.ndim == 0:  # a scalar; numpy is not imported for the check
         return value.item()
     raise TypeError(f"{type(value).__name__} is not JSON")
