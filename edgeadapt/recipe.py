@@ -140,4 +140,6 @@ def _check_gate(recipe: Recipe) -> None:
     if recipe.min_top1 is not None and not 0 <= recipe.min_top1 <= 1:
         raise RecipeError(f"min_top1 must be between 0 and 1, got {recipe.min_top1}", hint="0.95 means 95 %")
     if recipe.max_length is not None and recipe.max_length < 1:
-        raise RecipeError(f"max_length must be at least 1, got {recipe.max_length}", hint="leave it out")
+        raise RecipeError(
+            f"max_length must be at least 1, got {recipe.max_length}", hint="leave it out for the model's own limit"
+        )

@@ -24,6 +24,7 @@ def add(
         str | None,
         typer.Option("--base", metavar="BASE", help="Compare with torch on this base too (needs edgeadapt[export])."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter of the same name.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -32,5 +33,5 @@ def add(
     from edgeadapt.cli.summary import show_bundle
 
     with reporter(quiet=quiet) as progress:
-        changed = add_adapter(bundle, adapter, name=name, base=base, progress=progress)
+        changed = add_adapter(bundle, adapter, name=name, base=base, force=force, progress=progress)
     show_bundle(changed, as_json=json, quiet=quiet)

@@ -19,7 +19,7 @@ def export(
     base: Annotated[
         str | None, typer.Option("--base", metavar="BASE", help="The base model: a folder, a GGUF file or a hub id.")
     ] = None,
-    output_: Annotated[
+    output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="OUT", help="The bundle's folder, by habit NAME.bundle.")
     ] = None,
     names: Annotated[
@@ -72,7 +72,7 @@ def export(
     settings = _given(
         adapters=[str(path) for path in adapters or ()],
         base=base,
-        output=None if output_ is None else str(output_),
+        output=None if output is None else str(output),
         names=list(names or ()),
         task=task,
         revision=revision,

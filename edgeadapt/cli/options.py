@@ -10,9 +10,7 @@ import typer
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Write the result to stdout as JSON, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no tables; warnings and errors only.")]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="Intra-op threads.", show_default="one per core")
-]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Intra-op threads.", show_default="one per core")]
 
 
 def read_pairs(flag: str, text: list[str], value_name: str) -> dict[str, str]:

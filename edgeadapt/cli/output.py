@@ -50,6 +50,13 @@ def warning(message: str) -> None:
     console().print(Text.assemble(("warning: ", "bold yellow"), message), soft_wrap=True)
 
 
+def text(line: str) -> None:
+    """Write a line for people to stderr."""
+    from rich.text import Text
+
+    console().print(Text(line), soft_wrap=True)
+
+
 def fields(title: str, values: Mapping[str, Any]) -> None:
     """Write one thing's properties to stderr, one a line; a nested mapping is indented, None left out."""
     from rich.text import Text

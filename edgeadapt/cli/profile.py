@@ -1,1 +1,50 @@
 """`edgeadapt profile`: how fast and how large a bundle is on a device."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from edgeadapt.cli import output
+from edgeadapt.cli.options import BundlePath, Json, Quiet
+from edgeadapt.cli.progress import reporter
+
+
+def profile(
+    *,
+    bundle: BundlePath,
+    device: Annotated[
+        str,
+        typer.Option("--device", metavar="DEVICE", help="`edgeadapt list devices`, or a .toml file.", show_default=False),
+    ],
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", metavar="NAME", help="Measure this adapter against the bare base.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure load time, latency, what an adapter costs, swap time and memory."""
+    from edgeadapt import profiling
+    from edgeadapt.device import read_device, require_this_machine
+    from edgeadapt.fields import to_mapping
+
+    target = read_device(device)
+    require_this_machine(target)
+    with reporter(quiet=quiet) as progress:
+        figures = to_mapping(profiling.profile(bundle, target, adapter=adapter, progress=progress))
+    if json:
+        output.result_json(figures)
+    elif not quiet:
+        _show(f"{bundle} on {target.title}", figures)
+
+
+def _show(title: str, figures: dict[str, Any]) -> None:
+    tables = {key: value for key, value in figures.items() if _is_table(value)}
+    output.fields(title, {key: value for key, value in figures.items() if key not in tables})
+    for key, rows in tables.items():
+        output.table(key, rows)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)

@@ -13,9 +13,7 @@ from edgeadapt.cli.progress import reporter
 def remove(
     *,
     bundle: BundlePath,
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="The adapter's name in the bundle.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name in the bundle.", show_default=False)],
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -1,0 +1,24 @@
+"""What tests of every area share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """Where scripts/fetch-models puts the real models. Only tests marked slow may ask for it."""
+    folder = Path(os.environ.get("EDGEADAPT_MODELS", ROOT / "models"))
+    assert folder.is_dir(), f"{folder} is missing: run scripts/fetch-models, or leave out slow tests with -m 'not slow'"
+    return folder

@@ -1,0 +1,102 @@
+"""Rules of the whole: imports go one way, importing is light, one word per setting, the public names."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+import typing
+
+import pytest
+from typer.models import ArgumentInfo, OptionInfo
+
+import edgeadapt
+from edgeadapt import settings
+from edgeadapt.cli.export import export
+from edgeadapt.recipe import Recipe
+
+HEAVY = ("torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy", "gguf")
+
+
+def test_import_contracts_hold(root):
+    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache"]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def _loaded(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter has loaded after `code`."""
+    script = f"import sys, json\ntry:\n    {code}\nexcept SystemExit:\n    pass\nprint(json.dumps(list(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["export", "--help"], ["run", "--help"], ["list", "devices"], ["list", "recipes"]]
+)
+def test_the_program_starts_light(arguments):
+    code = f"sys.argv = ['edgeadapt', *{arguments}]; import edgeadapt.cli.app as app; app.main()"
+    assert _loaded(code).intersection(HEAVY) == set()
+
+
+def test_importing_the_package_is_light():
+    loaded = _loaded("import edgeadapt")
+    assert "edgeadapt" in loaded
+    assert loaded.intersection((*HEAVY, "typer", "rich")) == set()
+
+
+@pytest.mark.parametrize(
+    "name", ["open_session", "open_bundle", "add_adapter", "verify_bundle", "profile", "read_adapters"]
+)
+def test_a_device_needs_no_torch(name):
+    loaded = _loaded(f"import edgeadapt; edgeadapt.{name}")
+    assert loaded.intersection(("torch", "transformers", "peft", "optimum", "onnx", "onnx_ir", "onnxscript")) == set()
+
+
+def test_one_word_per_setting():
+    """A recipe's key, the dataclass field, the keyword argument and the flag are the same word."""
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    hints = typing.get_type_hints(export, include_extras=True)
+    arguments = [name for name in inspect.signature(export).parameters if name not in {"recipe", "json", "quiet"}]
+    assert arguments == fields
+    for name in arguments:
+        _, info = typing.get_args(hints[name])
+        if isinstance(info, ArgumentInfo):
+            assert info.metavar == name.removesuffix("s").upper() + "..."
+            continue
+        assert isinstance(info, OptionInfo)
+        word = name.removesuffix("s") if name == "names" else name  # given once per adapter
+        assert info.param_decls is not None
+        assert info.param_decls[0].partition("/")[0] == "--" + word.replace("_", "-")
+    for recipe in settings.names("recipes"):
+        assert set(settings.read(settings.find("recipes", recipe))) <= set(fields)
+
+
+def test_the_public_names():
+    assert sorted(edgeadapt.__all__) == [
+        "Device",
+        "EdgeAdaptError",
+        "Recipe",
+        "__version__",
+        "add_adapter",
+        "base_from_module",
+        "export_bundle",
+        "load_base_model",
+        "open_bundle",
+        "open_session",
+        "profile",
+        "read_adapters",
+        "read_device",
+        "read_recipe",
+        "remove_adapter",
+        "stamp_base",
+        "verify_bundle",
+    ]
+    for name in edgeadapt.__all__:
+        value = getattr(edgeadapt, name)
+        assert value.__doc__, name
+    assert dir(edgeadapt) == sorted(edgeadapt.__all__)
+    with pytest.raises(AttributeError, match="module 'edgeadapt' has no attribute 'oops'"):
+        _ = edgeadapt.oops
