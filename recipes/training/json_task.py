@@ -66,7 +66,7 @@ def examples(split: str, count: int) -> list[dict[str, str]]:
 
     `split` is "train" or "held_out"; a prompt that training shows (by chance) is left out of the held-out split.
     """
-    rng = random.Random(TRAIN_SEED if split == "train" else HELD_OUT_SEED)
+    rng = random.Random(TRAIN_SEED if split == "train" else HELD_OUT_SEED)  # noqa: S311 - a seed, not a secret
     seen = set() if split == "train" else {e["prompt"] for e in examples("train", TRAIN_COUNT)}
     chosen: dict[str, dict[str, str]] = {}
     stream = _stream(rng, held_out=split != "train")

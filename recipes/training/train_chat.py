@@ -57,7 +57,7 @@ def main() -> None:
     score, wrong = exact_match(shipped, tokenizer, held_out)
     for prompt, expected, got in wrong:
         print(f"wrong: {prompt}\n  expected {expected}\n  got      {got}", file=sys.stderr)
-    _write_readme(args, base_score, score, loss, seconds)
+    _write_readme(args, base_score, score, loss)
     stamp(args.output, base, BASE_NAME)
     print(f"{args.task}: exact match base {base_score}, adapter {score:.3f}; loss {loss:.4f}; {seconds:.0f} s")
 
@@ -82,7 +82,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 def train(model: Any, encoded: list[tuple[list[int], list[int]]], args: argparse.Namespace) -> float:
     """The mean loss of the last epoch; `model` is trained in place."""
-    rng = random.Random(args.seed)
+    rng = random.Random(args.seed)  # noqa: S311 - a seed, not a secret
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.0)
     steps = args.epochs * (len(encoded) // args.batch)
@@ -158,9 +158,7 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _write_readme(
-    args: argparse.Namespace, base_score: float | None, score: float, loss: float, seconds: float
-) -> None:
+def _write_readme(args: argparse.Namespace, base_score: float | None, score: float, loss: float) -> None:
     base_line = "" if base_score is None else f"| base, no adapter | {base_score:.1%} |\n"
     text = f"""# {args.task}
 

@@ -1,6 +1,6 @@
 """Train a LoRA with a classification head on all-MiniLM-L6-v2, save it, and score it.
 
-    python recipes/training/train_classifier.py debian-section --base all-MiniLM-L6-v2 -o recipes/adapters/debian-section
+    python recipes/training/train_classifier.py debian-section --base all-MiniLM-L6-v2 -o FOLDER
 
 Data: recipes/data/NAME.train.jsonl and NAME.test.jsonl, lines of {"text", "label"}. Deterministic on one machine
 (seeds, one thread). Writes the adapter, labels.json, a README with the scores and the base's fingerprint.
@@ -70,7 +70,7 @@ def read_rows(file: str) -> list[Row]:
 
 def train(model: Any, tokenizer: Any, rows: list[Row], labels: list[str], args: argparse.Namespace) -> float:
     """The mean loss of the last epoch; `model` is trained in place."""
-    rng = random.Random(args.seed)
+    rng = random.Random(args.seed)  # noqa: S311 - a seed, not a secret
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=0.01)
     steps = args.epochs * (len(rows) // args.batch)
