@@ -16,7 +16,7 @@ def profile(
     bundle: BundlePath,
     device: Annotated[
         str,
-        typer.Option("--device", metavar="DEVICE", help="`edgeadapt list devices`, or a .toml file.", show_default=False),
+        typer.Option("--device", metavar="DEVICE", help="See `edgeadapt list devices`; or a .toml file."),
     ],
     adapter: Annotated[
         str | None, typer.Option("--adapter", metavar="NAME", help="Measure this adapter against the bare base.")

@@ -146,11 +146,16 @@ def test_the_version(invoke):
     assert (result.exit_code, result.stdout, result.stderr) == (0, "0.1.0\n", "")
 
 
-def test_python_dash_m_works_from_a_folder_with_spaces(tmp_path):
+def test_python_dash_m_works_from_a_folder_with_spaces(tmp_path, root):
     folder = tmp_path / "with a space"
     folder.mkdir()
     result = subprocess.run(
-        [sys.executable, "-m", "edgeadapt", "list", "devices"], cwd=folder, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "edgeadapt", "list", "devices"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert result.stdout.startswith("cpu ")
     assert result.stderr == ""
