@@ -1,0 +1,9 @@
+"""What was trained: adapter folders read without the library that wrote them, and resolved against a base."""
+
+from __future__ import annotations
+
+from edgeadapt.adapters.inspect import default_head_size, describe, task_of
+from edgeadapt.adapters.read import read_adapters
+from edgeadapt.adapters.resolve import resolve
+
+__all__ = ["default_head_size", "describe", "read_adapters", "resolve", "task_of"]

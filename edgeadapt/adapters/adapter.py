@@ -81,7 +81,8 @@ class TargetModule:
     `weight_shape` is torch's own: linear [out, in], conv1d (GPT-2) [in, out], conv2d [out, in/groups, kh, kw],
     embedding [num_embeddings, dim], norm [dim]. `weight()` and `bias()` give float32 arrays in that layout, or are
     None where the values are not at hand (in a bundle) or the module has none (`has_bias`).
-    `digest` is the SHA-256 of the weight's float32 bytes.
+    `digest` is the SHA-256 of the weight's float32 bytes. `output_scale` is what an embedding multiplies its rows by
+    (`embed_scale` of Gemma 3's or BART's "ScaledWordEmbedding"), or None for a module that does no such thing.
     """
 
     path: str
@@ -93,6 +94,7 @@ class TargetModule:
     has_bias: bool
     digest: str
     groups: int = 1
+    output_scale: float | None = None
     weight: Callable[[], Array] | None = field(default=None, compare=False)
     bias: Callable[[], Array] | None = field(default=None, compare=False)
 

@@ -1,0 +1,92 @@
+"""The stamp of the base that an adapter was trained on: `base_fingerprint.json` beside the adapter.
+
+A JSON object of exactly: `schema` "edgeadapt.base/1"; `name` and `revision`, text or null; `quantization` "nf4" or
+null; `parameters`, the SHA-256 (hex) of a parameter's float32 bytes by the parameter's name in the base.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from edgeadapt.adapters.adapter import BaseReference, TargetModule
+from edgeadapt.errors import AdapterError
+
+FILE_NAME = "base_fingerprint.json"
+SCHEMA = "edgeadapt.base/1"
+_FIELDS = {"schema", "name", "revision", "quantization", "parameters"}
+_STAMP_AGAIN = "delete it, or write it again with edgeadapt.stamp_base"
+
+
+def read_fingerprint(file: Path) -> BaseReference:
+    """Return what `file` says of the base.
+
+    Raises:
+        AdapterError: the file is not of the form in this module's docstring.
+    """
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is not JSON: {error}", hint=_STAMP_AGAIN) from error
+    _check(data, file)
+    return BaseReference(
+        name=data["name"],
+        revision=data["revision"],
+        fingerprint=dict(data["parameters"]),
+        quantization=data["quantization"],
+    )
+
+
+def _check(data: Any, file: Path) -> None:
+    if not isinstance(data, dict) or set(data) != _FIELDS:
+        raise AdapterError(f"{file} must hold exactly {', '.join(sorted(_FIELDS))}", hint=_STAMP_AGAIN)
+    if data["schema"] != SCHEMA:
+        raise AdapterError(f"{file} has schema {data['schema']!r}, not {SCHEMA!r}", hint="update edgeadapt")
+    for name in ("name", "revision"):
+        if not isinstance(data[name], str | None):
+            raise AdapterError(f"{file}: {name} is {data[name]!r}, not text or null", hint=_STAMP_AGAIN)
+    if data["quantization"] not in (None, "nf4"):
+        raise AdapterError(f"{file}: quantization is {data['quantization']!r}, not 'nf4' or null", hint=_STAMP_AGAIN)
+    _check_digests(data["parameters"], file)
+
+
+def _check_digests(parameters: Any, file: Path) -> None:
+    if not isinstance(parameters, dict) or not parameters:
+        raise AdapterError(f"{file}: parameters is not a table of digests", hint=_STAMP_AGAIN)
+    for name, digest in parameters.items():
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise AdapterError(f"{file}: parameters[{name!r}] is {digest!r}, not a SHA-256", hint=_STAMP_AGAIN)
+
+
+def check_digest(base: BaseReference, names: tuple[str, ...], module: TargetModule, base_name: str | None) -> None:
+    """Check that the base's weight at `module` is the one that the adapter was trained on, if the stamp names it.
+
+    `names` are the module's paths in the stamp to look for: in the base, in the adapter's file.
+
+    Raises:
+        AdapterError: the digests differ.
+    """
+    digests = base.fingerprint or {}
+    stamped = next((digests[f"{name}.weight"] for name in names if f"{name}.weight" in digests), None)
+    if stamped is not None and stamped != module.digest:
+        raise AdapterError(
+            f"the base is not the one that the adapter was trained on: tensor '{module.path}.weight' has digest "
+            f"{module.digest[:12]} in {base_label(base_name)} and {stamped[:12]} in {trained_on(base)}",
+            hint="give the base (and revision) that the adapter was trained on",
+        )
+
+
+def base_label(base_name: str | None) -> str:
+    """Return a name for the base at hand, for error messages."""
+    return f"base {base_name!r}" if base_name else "the given base"
+
+
+def trained_on(base: BaseReference) -> str:
+    """Return a name for the base that the adapter was trained on, for error messages."""
+    if base.name is None:
+        return "the adapter's own base (its name was not saved)"
+    revision = f" at revision {base.revision}" if base.revision else ""
+    quantization = f", quantized to {base.quantization}" if base.quantization else ""
+    return f"the adapter's base {base.name!r}{revision}{quantization}"
