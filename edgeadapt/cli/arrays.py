@@ -25,7 +25,8 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
     hint = "make it with numpy.savez(FILE, input_ids=..., attention_mask=...)"
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: numpy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise FileError(f"{path} holds one array without a name", hint=hint)
             return {name: archive[name] for name in archive.files}
@@ -35,7 +36,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise FileError(f"{path} is no .npz file of plain arrays: {error}", hint=hint) from error
 
 
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write arrays to an .npz file, whole or not at all.
 
     Raises:
@@ -46,5 +47,5 @@ def write_arrays(path: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
     from edgeadapt.files import write_atomically
 
     buffer = io.BytesIO()
-    np.savez(buffer, **{name: np.asarray(value) for name, value in arrays.items()})
+    np.savez(buffer, allow_pickle=False, **dict(arrays))
     write_atomically(path, buffer.getvalue())
