@@ -24,6 +24,7 @@ class BaseModel:
     example_inputs, dynamic_axes, output_names: only for a plain torch module: its forward's keyword arguments, which
         of their axes vary ({"pixel_values": {0: "batch"}}), and names for its outputs
     quantized_from: "nf4" if the weights were dequantized from an NF4 checkpoint
+    max_length: the longest sequence to export for, None for what the model was trained for
     untrained: parameters that the checkpoint does not hold (a fresh classification head; set to zero)
     """
 
@@ -38,6 +39,7 @@ class BaseModel:
     dynamic_axes: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     output_names: tuple[str, ...] = ()
     quantized_from: str | None = None
+    max_length: int | None = None
     untrained: tuple[str, ...] = ()
 
     @property
