@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from edgeadapt.device import Device as Device
     from edgeadapt.device import read_device as read_device
     from edgeadapt.errors import EdgeAdaptError as EdgeAdaptError
-    from edgeadapt.merging import base_from_module as base_from_module
-    from edgeadapt.merging import load_base_model as load_base_model
-    from edgeadapt.merging import stamp_base as stamp_base
+    from edgeadapt.merging.load import base_from_module as base_from_module
+    from edgeadapt.merging.load import load_base_model as load_base_model
+    from edgeadapt.merging.fingerprint import stamp_base as stamp_base
     from edgeadapt.pipeline import export_bundle as export_bundle
     from edgeadapt.profiling import profile as profile
     from edgeadapt.recipe import Recipe as Recipe
@@ -38,9 +38,9 @@ _HOMES = {
     "EdgeAdaptError": "edgeadapt.errors",
     "Recipe": "edgeadapt.recipe",
     "add_adapter": "edgeadapt.addition",
-    "base_from_module": "edgeadapt.merging",
+    "base_from_module": "edgeadapt.merging.load",
     "export_bundle": "edgeadapt.pipeline",
-    "load_base_model": "edgeadapt.merging",
+    "load_base_model": "edgeadapt.merging.load",
     "open_bundle": "edgeadapt.bundle",
     "open_session": "edgeadapt.runtime",
     "profile": "edgeadapt.profiling",
@@ -48,7 +48,7 @@ _HOMES = {
     "read_device": "edgeadapt.device",
     "read_recipe": "edgeadapt.recipe",
     "remove_adapter": "edgeadapt.addition",
-    "stamp_base": "edgeadapt.merging",
+    "stamp_base": "edgeadapt.merging.fingerprint",
     "verify_bundle": "edgeadapt.addition",
 }
 

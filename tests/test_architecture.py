@@ -9,11 +9,12 @@ import subprocess
 import sys
 import typing
 
+import grimp
 import pytest
 from typer.models import ArgumentInfo, OptionInfo
 
 import edgeadapt
-from edgeadapt import settings
+from edgeadapt import registry, settings
 from edgeadapt.cli.export import export
 from edgeadapt.recipe import Recipe
 
@@ -24,6 +25,16 @@ def test_import_contracts_hold(root):
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as c; c()", "--no-cache"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("package", ["edgeadapt.adapters.kinds", "edgeadapt.quantize.schemes"])
+def test_kinds_know_nothing_of_each_other(package):
+    """A kind may share private modules ("_name") of its package, never another kind."""
+    graph = grimp.build_graph("edgeadapt")
+    kinds = {f"{package}.{name}" for name in registry.names(package)}
+    assert {kind: graph.find_modules_directly_imported_by(kind) & kinds for kind in kinds} == {
+        kind: set() for kind in kinds
+    }
 
 
 def _loaded(code: str) -> set[str]:

@@ -62,12 +62,7 @@ def _describe_base(path: Path) -> dict[str, Any]:
 def _show(path: Path, described: dict[str, Any]) -> None:
     for label, things in described.items():
         for thing in things if isinstance(things, list) else [things]:
-            plain = {key: value for key, value in thing.items() if not _is_table(value)}
-            output.fields(f"{label.removesuffix('s')} {thing.get('name', path)}", plain)
-            for key, value in thing.items():
-                if _is_table(value):
-                    output.table(key, value)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+            warnings = thing.pop("warnings", [])
+            output.figures(f"{label.removesuffix('s')} {thing.get('name', path)}", thing)
+            for warning in warnings:
+                output.warning(warning)

@@ -85,6 +85,14 @@ def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     console().print(view)
 
 
+def figures(title: str, values: Mapping[str, Any]) -> None:
+    """Write one thing's properties to stderr; those that are rows of fields as tables after the others."""
+    tables = {key: value for key, value in values.items() if _is_table(value)}
+    fields(title, {key: value for key, value in values.items() if key not in tables})
+    for key, rows in tables.items():
+        table(key.replace("_", " "), rows)
+
+
 def cell(value: Any) -> str:
     """Return a value as people read it: four significant digits, "–" for None, lists joined with commas."""
     if value is None:
@@ -98,6 +106,10 @@ def cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(cell(item) for item in value)
     return str(value)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _lines(values: Mapping[str, Any], indent: str) -> Iterable[str]:

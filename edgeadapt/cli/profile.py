@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,15 +36,4 @@ def profile(
     if json:
         output.result_json(figures)
     elif not quiet:
-        _show(f"{bundle} on {target.title}", figures)
-
-
-def _show(title: str, figures: dict[str, Any]) -> None:
-    tables = {key: value for key, value in figures.items() if _is_table(value)}
-    output.fields(title, {key: value for key, value in figures.items() if key not in tables})
-    for key, rows in tables.items():
-        output.table(key, rows)
-
-
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+        output.figures(f"{bundle} on {target.title}", figures)
