@@ -1,0 +1,128 @@
+"""Key-value caches: what a decoder has already read, one row per sequence.
+
+`SharedCache` is for decoders with GroupQueryAttention: one buffer per layer and part, float32[batch, heads, max_length,
+dim], that is past and present at once and is updated in place. `GrowingCache` is for decoders that concatenate
+(sequence-to-sequence models): the present of a step becomes the past of the next.
+
+A cache belongs to the adapter that filled it. Keys and values of one adapter mean nothing to another, so a step with
+another adapter is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.errors import SessionError
+from edgeadapt.runtime.ort import Row, Tensor
+from edgeadapt.runtime.spec import DecoderSpec
+
+Array = NDArray[Any]
+AdapterKey = tuple[tuple[str, float], ...]
+"""Which adapter is active, in a form that can be compared: () for none, else names with weights, sorted."""
+
+
+class Cache:
+    """The state of `batch_size` sequences.
+
+    max_length: the longest sequence that fits, in tokens
+    lengths: int64[batch], how many tokens each row holds; read-only
+    adapter: which adapter filled it, None as long as it is empty
+    """
+
+    def __init__(self, batch_size: int, max_length: int) -> None:
+        self.max_length = max_length
+        self.adapter: AdapterKey | None = None
+        self._lengths = np.zeros(batch_size, np.int64)
+
+    @property
+    def batch_size(self) -> int:
+        """How many rows there are."""
+        return len(self._lengths)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens that each row holds, int64[batch], a copy."""
+        return self._lengths.copy()
+
+    def advance(self, counts: Array) -> None:
+        """Count `counts` int64[batch] more tokens."""
+        self._lengths = self._lengths + counts
+
+    def check_room(self, counts: Array) -> None:
+        """Refuse tokens that do not fit.
+
+        Raises:
+            SessionError: naming the first row that would be too long.
+        """
+        wanted = self._lengths + counts
+        for row in np.flatnonzero(wanted > self.max_length):
+            raise SessionError(
+                f"row {row} of the cache holds {self._lengths[row]} tokens and {counts[row]} more do not fit into "
+                f"max_length {self.max_length}",
+                hint="make a larger one with session.new_cache(batch_size, max_length), or shorten the input",
+            )
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but `rows`, in that order."""
+        self._lengths = self._lengths[list(rows)]
+
+
+class SharedCache(Cache):
+    """Buffers float32[batch, heads, max_length, dim] by name ("0.key"), updated in place."""
+
+    def __init__(self, spec: DecoderSpec, batch_size: int, max_length: int, device: str) -> None:
+        super().__init__(batch_size, max_length)
+        self.vocab_size = spec.vocab_size
+        shape = (batch_size, spec.cache_heads, max_length, spec.cache_head_dim)
+        self._device = device
+        self.buffers = {name: Tensor(np.zeros(shape, np.float32), device) for name in spec.cache_names}
+        self._rows: dict[int, dict[str, Row]] = {}
+
+    def row(self, index: int) -> Mapping[str, Row]:
+        """Return views of one row's buffers, float32[1, heads, max_length, dim], the same objects at each call."""
+        if index not in self._rows:
+            self._rows[index] = {name: buffer.row(index) for name, buffer in self.buffers.items()}
+        return self._rows[index]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but `rows`, in that order (copies the buffers)."""
+        super().keep(rows)
+        chosen = list(rows)
+        self.buffers = {name: Tensor(x.numpy()[chosen], self._device) for name, x in self.buffers.items()}
+        self._rows = {}
+
+
+class GrowingCache(Cache):
+    """Tensors float32[batch, heads, length, dim] by name, replaced at each step; and what came from an encoder.
+
+    cross: by name ("cross.0.key"), float32[batch, heads, encoder_seq, dim]
+    encoder_mask: int64[batch, encoder_seq], or None where the decoder takes none
+    """
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        batch_size: int,
+        max_length: int,
+        *,
+        cross: Mapping[str, Tensor] | None = None,
+        encoder_mask: Tensor | None = None,
+    ) -> None:
+        super().__init__(batch_size, max_length)
+        empty = np.zeros((batch_size, spec.cache_heads, 0, spec.cache_head_dim), np.float32)
+        self.past = {name: Tensor(empty) for name in spec.cache_names}
+        self.cross = dict(cross or {})
+        self.encoder_mask = encoder_mask
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop all rows but `rows`, in that order."""
+        super().keep(rows)
+        chosen = list(rows)
+        self.past = {name: Tensor(x.numpy()[chosen]) for name, x in self.past.items()}
+        self.cross = {name: Tensor(x.numpy()[chosen]) for name, x in self.cross.items()}
+        if self.encoder_mask is not None:
+            self.encoder_mask = Tensor(self.encoder_mask.numpy()[chosen])

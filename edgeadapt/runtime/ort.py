@@ -1,0 +1,298 @@
+"""ONNX Runtime behind a small wall: the only module that imports it.
+
+Three nouns: `OrtGraph` (one opened graph), `Tensor` (an array in the memory of a device), `Binding` (what is bound to a
+graph's inputs and outputs between runs). Everything that ONNX Runtime raises leaves here as a `SessionError`.
+
+Traps that this module is built around, each with a test:
+
+- an OrtValue made from numpy borrows the array's memory, so a `Tensor` and a `Binding` keep what they use alive;
+- `run_with_iobinding` ignores active LoRA adapters, so adapters are bound as plain inputs;
+- an output that ONNX Runtime allocated stays bound after the run and fails the next one if its shape differs, so it is
+  bound anew before each run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from edgeadapt.errors import SessionError
+from edgeadapt.runtime.checks import is_whole
+
+Array = NDArray[Any]
+
+_DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(int8)": np.int8,
+    "tensor(uint8)": np.uint8,
+    "tensor(bool)": np.bool_,
+}
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_FAILURES: tuple[type[BaseException], ...] = (
+    RuntimeError,
+    ValueError,
+    *(item for item in vars(ort_state).values() if isinstance(item, type) and issubclass(item, Exception)),
+)
+
+
+def version() -> str:
+    """Return ONNX Runtime's version."""
+    return str(ort.__version__)
+
+
+def available_providers() -> tuple[str, ...]:
+    """Return the providers that this installation of ONNX Runtime was built with: "cpu" and perhaps "cuda".
+
+    A provider that is built in can still fail to start; only `open_graph` tells.
+    """
+    built = ort.get_available_providers()
+    return tuple(name for name, long_name in _PROVIDERS.items() if long_name in built)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output as the graph declares it; an axis that may vary is a string or None."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | str | None, ...]
+
+    def __str__(self) -> str:
+        axes = ", ".join("?" if axis is None else str(axis) for axis in self.shape)
+        return f"{self.dtype.name}[{axes}]"
+
+
+class Tensor:
+    """An array in a device's memory that stays alive as long as this object.
+
+    `shape` and `dtype` are the array's; `row(i)` is a view of one row of the first axis.
+    """
+
+    def __init__(self, array: Array, device: str = "cpu") -> None:
+        owned = np.ascontiguousarray(array).reshape(np.shape(array))  # ascontiguousarray makes a scalar one-dimensional
+        self.device = device
+        self.shape: tuple[int, ...] = owned.shape
+        self.dtype: np.dtype[Any] = owned.dtype
+        self._array: Array | None = owned if device == "cpu" else None
+        with _translated(f"an array {owned.dtype.name}{list(owned.shape)} could not be placed on {device!r}"):
+            self._value: Any = ort.OrtValue.ortvalue_from_numpy(owned, device, 0)
+
+    def row(self, index: int) -> Row:
+        """Return a view of row `index` with a first axis of 1; it shares memory with this tensor and keeps it alive."""
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(index)
+        return Row(self, index)
+
+    def numpy(self) -> Array:
+        """Return the values: on the CPU the memory itself, else a copy."""
+        return np.asarray(self._value.numpy()) if self._array is None else self._array
+
+    def address(self) -> int:
+        """Return where the values begin in the device's memory."""
+        return int(self._value.data_ptr())
+
+    def bind_input(self, io: Any, name: str) -> None:
+        """Bind as input `name` of an ONNX Runtime IOBinding (used by `Binding`)."""
+        io.bind_ortvalue_input(name, self._value)
+
+    def bind_output(self, io: Any, name: str) -> None:
+        """Bind as output `name` of an ONNX Runtime IOBinding (used by `Binding`)."""
+        io.bind_ortvalue_output(name, self._value)
+
+
+class Row:
+    """One row of a tensor's first axis, in place: `shape` begins with 1."""
+
+    def __init__(self, parent: Tensor, index: int) -> None:
+        self.shape = (1, *parent.shape[1:])
+        self.dtype = parent.dtype
+        self._parent = parent  # keeps the memory alive
+        self._address = parent.address() + index * math.prod(self.shape) * self.dtype.itemsize
+
+    def bind_input(self, io: Any, name: str) -> None:
+        """Bind as input `name` of an ONNX Runtime IOBinding (used by `Binding`)."""
+        io.bind_input(name, self._parent.device, 0, self.dtype.type, list(self.shape), self._address)
+
+    def bind_output(self, io: Any, name: str) -> None:
+        """Bind as output `name` of an ONNX Runtime IOBinding (used by `Binding`)."""
+        io.bind_output(name, self._parent.device, 0, self.dtype.type, list(self.shape), self._address)
+
+
+class Binding:
+    """What is bound to one graph; binding the same tensor again costs nothing, only what changed is passed on."""
+
+    def __init__(self, graph: OrtGraph, base: Mapping[str, Tensor]) -> None:
+        self.graph = graph
+        self._io = graph.new_io_binding()
+        self._inputs: dict[str, Tensor | Row] = {}
+        self._outputs: dict[str, Tensor | Row | None] = {}
+        for name, tensor in base.items():
+            self.set_input(name, tensor)
+
+    def set_input(self, name: str, tensor: Tensor | Row) -> None:
+        """Bind `tensor` to input `name` until it is replaced."""
+        if self._inputs.get(name) is tensor:
+            return
+        with _translated(
+            f"input {name!r} of {self.graph.name} refused a tensor {tensor.dtype.name}{list(tensor.shape)}"
+        ):
+            tensor.bind_input(self._io, name)
+        self._inputs[name] = tensor
+
+    def set_output(self, name: str, tensor: Tensor | Row) -> None:
+        """Have output `name` written into `tensor` until it is replaced."""
+        if self._outputs.get(name) is tensor:
+            return
+        with _translated(f"output {name!r} of {self.graph.name} refused a tensor {list(tensor.shape)}"):
+            tensor.bind_output(self._io, name)
+        self._outputs[name] = tensor
+
+    def allocate_output(self, name: str) -> None:
+        """Have ONNX Runtime allocate output `name` in each run; `run` returns it."""
+        self._io.bind_output(name, "cpu", 0)
+        self._outputs[name] = None
+
+    def run(self) -> dict[str, Array]:
+        """Run the graph once and return the allocated outputs, each in memory of its own."""
+        allocated = [name for name, tensor in self._outputs.items() if tensor is None]
+        with _translated(f"{self.graph.name} failed to run"):
+            for name in allocated:
+                self._io.bind_output(name, "cpu", 0)
+            self.graph.run_bound(self._io)
+            # ONNX Runtime returns outputs in the order in which their names were first bound, as this dict keeps them
+            values = dict(zip(self._outputs, self._io.get_outputs(), strict=True))
+            return {name: np.asarray(values[name].numpy()) for name in allocated}
+
+
+class OrtGraph:
+    """One ONNX graph opened in ONNX Runtime.
+
+    inputs: required inputs; optional: inputs with a default (adapter slots, `logits_from`); outputs: all outputs
+    """
+
+    def __init__(self, path: Path, *, threads: int | None, provider: str) -> None:
+        self.name = path.name
+        self.device = "cuda" if provider == "cuda" else "cpu"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # a warning per adapter slot would drown everything else
+        options.intra_op_num_threads = threads or 0
+        options.inter_op_num_threads = 1
+        wanted = [_PROVIDERS[provider]] if provider == "cpu" else [_PROVIDERS[provider], _PROVIDERS["cpu"]]
+        with _translated(f"{path} could not be opened", hint="check the bundle with `edgeadapt verify`"):
+            self._session: Any = ort.InferenceSession(str(path), options, providers=wanted)
+        if _PROVIDERS[provider] not in self._session.get_providers():
+            raise _cuda_error(started=False)
+        self.inputs = _infos(self._session.get_inputs())
+        self.optional = _infos(self._session.get_overridable_initializers())
+        self.outputs = _infos(self._session.get_outputs())
+
+    def new_io_binding(self) -> Any:
+        """Return a fresh ONNX Runtime IOBinding (used by `Binding`)."""
+        return self._session.io_binding()
+
+    def run_bound(self, io: Any) -> None:
+        """Run with an IOBinding (used by `Binding`)."""
+        self._session.run_with_iobinding(io)
+
+
+def open_graph(path: Path, *, threads: int | None = None, provider: str = "cpu") -> OrtGraph:
+    """Return the graph at `path`, opened for `provider` ("cpu" or "cuda").
+
+    Args:
+        path: the ONNX file; its external data lies beside it.
+        threads: threads inside an operator, None for ONNX Runtime's own choice (one per physical core).
+        provider: "cuda" never falls back to the CPU without an error.
+
+    Raises:
+        SessionError: if an argument is wrong, the file cannot be opened, or the provider cannot be used here.
+    """
+    check_provider(provider)
+    if threads is not None and not is_whole(threads, 1):
+        raise SessionError(f"threads is {threads!r}", hint="give a whole number of 1 or more, or None for the default")
+    if not path.is_file():
+        raise SessionError(f"the graph {path} does not exist", hint="check the bundle with `edgeadapt verify`")
+    if provider == "cuda":
+        _preload_cuda()
+    return OrtGraph(path, threads=threads, provider=provider)
+
+
+def check_provider(provider: str) -> None:
+    """Raise a `SessionError` that says why `provider` cannot be used here, if that can be known beforehand.
+
+    Raises:
+        SessionError: for an unknown provider, or if CUDA is asked for without a GPU or without ONNX Runtime for CUDA.
+    """
+    if provider not in _PROVIDERS:
+        raise SessionError(f"unknown provider {provider!r}", hint=f"known: {', '.join(_PROVIDERS)}")
+    if provider == "cuda" and (not gpu_is_visible() or "cuda" not in available_providers()):
+        raise _cuda_error(started=None)
+
+
+def gpu_is_visible(devices: Path = Path("/dev")) -> bool:
+    """Return whether an NVIDIA GPU can be seen: a device file, or `nvidia-smi` on the path (Windows, WSL)."""
+    return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _cuda_error(*, started: bool | None) -> SessionError:
+    if not gpu_is_visible():
+        return SessionError(
+            "provider 'cuda' needs an NVIDIA GPU, and none can be seen (no /dev/nvidia*, no nvidia-smi)",
+            hint="run with provider 'cpu', or on a machine with a GPU and its driver",
+        )
+    if started is None:
+        return SessionError(
+            f"ONNX Runtime {version()} was built without CUDA",
+            hint="pip uninstall onnxruntime && pip install onnxruntime-gpu",
+        )
+    return SessionError(
+        "ONNX Runtime could not start CUDA and would have used the CPU: CUDA or cuDNN libraries are missing or too old",
+        hint='pip install "onnxruntime-gpu[cuda,cudnn]", or put the CUDA libraries on LD_LIBRARY_PATH',
+    )
+
+
+def _preload_cuda() -> None:
+    """Load CUDA libraries that were installed as Python packages; ONNX Runtime prints its complaints on stdout."""
+    preload: Callable[[], None] | None = getattr(ort, "preload_dlls", None)
+    if preload is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            preload()
+
+
+def _infos(nodes: list[Any]) -> dict[str, TensorInfo]:
+    found = {}
+    for node in nodes:
+        if node.type not in _DTYPES:
+            raise SessionError(
+                f"{node.name!r} is a {node.type}, which this runtime does not handle", hint="export the model again"
+            )
+        axes = tuple(axis if isinstance(axis, int | str) else None for axis in node.shape)
+        found[node.name] = TensorInfo(node.name, np.dtype(_DTYPES[node.type]), axes)
+    return found
+
+
+@contextlib.contextmanager
+def _translated(
+    what: str, hint: str = "check names, shapes and the bundle's files with `edgeadapt verify`"
+) -> Iterator[None]:
+    """Turn whatever ONNX Runtime raises into a SessionError that begins with `what`."""
+    try:
+        yield
+    except SessionError:
+        raise
+    except _FAILURES as error:
+        raise SessionError(f"{what}: {str(error).strip()}", hint=hint) from error

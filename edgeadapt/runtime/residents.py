@@ -1,0 +1,64 @@
+"""Adapters of a bundle that are in memory, ready to be bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgeadapt.bundle.blend import blend
+from edgeadapt.bundle.bundle import Bundle
+from edgeadapt.errors import SessionError
+from edgeadapt.runtime.cache import AdapterKey
+from edgeadapt.runtime.checks import is_finite
+from edgeadapt.runtime.ort import Tensor
+
+
+class Residents:
+    """Each adapter's tensors are read from its file once and kept as float32 until `evict`."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+        self._loaded: dict[str, dict[str, Tensor]] = {}
+
+    def tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
+        """Return float32 tensors by graph input name for one adapter or a blend.
+
+        Raises:
+            BundleError: if a file is damaged or holds what is no slot of this bundle, or a blend is impossible.
+        """
+        if len(key) == 1 and key[0][1] == 1.0:
+            return self._load(key[0][0])
+        parts = [(weight, {slot: t.numpy() for slot, t in self._load(name).items()}) for name, weight in key]
+        return {slot: Tensor(value) for slot, value in blend(parts, self._bundle.manifest).items()}
+
+    def evict(self, name: str) -> bool:
+        """Forget an adapter's tensors; return whether it was loaded."""
+        return self._loaded.pop(name, None) is not None
+
+    def _load(self, name: str) -> dict[str, Tensor]:
+        if name not in self._loaded:
+            # the bundle checks digest, names, shapes and values; ONNX Runtime checks none of them
+            tensors = self._bundle.adapter_tensors(name)
+            self._loaded[name] = {slot: Tensor(value) for slot, value in tensors.items()}
+        return self._loaded[name]
+
+
+def adapter_key(adapter: str | Mapping[str, float] | None, known: tuple[str, ...]) -> AdapterKey:
+    """Return a choice of adapters in the form that sessions and caches compare.
+
+    Raises:
+        SessionError: for an unknown name, or weights that are not finite numbers.
+    """
+    if adapter is None:
+        return ()
+    parts: object = {adapter: 1.0} if isinstance(adapter, str) else adapter
+    hint = f"adapters in this bundle: {', '.join(known)}" if known else "this bundle holds no adapter: edgeadapt add"
+    if not isinstance(parts, Mapping) or not parts:
+        raise SessionError(
+            f"adapter is {adapter!r}", hint="give a name, weights by name ({'a': 0.7, 'b': 0.3}), or None for the base"
+        )
+    for name, weight in parts.items():
+        if name not in known:
+            raise SessionError(f"unknown adapter {name!r}", hint=hint)
+        if not is_finite(weight):
+            raise SessionError(f"the weight of adapter {name!r} is {weight!r}", hint="give a finite number such as 0.7")
+    return tuple(sorted((name, float(weight)) for name, weight in parts.items()))

@@ -1,0 +1,377 @@
+"""A bundle, ready to run: adapters swapped in place, tensors in, tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.bundle.bundle import Bundle, open_bundle
+from edgeadapt.errors import SessionError
+from edgeadapt.runtime import generate as generation
+from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
+from edgeadapt.runtime.checks import is_whole
+from edgeadapt.runtime.inputs import checked_inputs
+from edgeadapt.runtime.ort import Binding, OrtGraph, Tensor, TensorInfo, check_provider, open_graph
+from edgeadapt.runtime.residents import Residents, adapter_key
+from edgeadapt.runtime.rows import run_decoder
+from edgeadapt.runtime.spec import DecoderSpec, decoder_spec
+from edgeadapt.runtime.step import Wanted, run_step
+
+if TYPE_CHECKING:
+    from edgeadapt.runtime.generate import Generation, Options, Prompt
+    from edgeadapt.runtime.tokenizer import TextCoder
+
+Array = NDArray[Any]
+
+
+def open_session(bundle: Bundle | Path | str, *, threads: int | None = None, provider: str = "cpu") -> Session:
+    """Return a session over a bundle. Graphs are opened when they are first needed.
+
+    Args:
+        bundle: a bundle's folder, or what `open_bundle` returned.
+        threads: threads inside an operator, None for ONNX Runtime's own choice.
+        provider: "cpu" or "cuda"; "cuda" is an error where it cannot be used, never a silent run on the CPU.
+
+    Raises:
+        BundleError: if the folder is no bundle.
+        SessionError: if an argument is wrong or the provider cannot be used here.
+    """
+    check_provider(provider)
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    return Session(opened, threads=threads, provider=provider)
+
+
+class Session:
+    """One base with its adapters, of which one, a blend, or none is active. Not for several threads at once.
+
+    Make it with `open_session`; it is a context manager.
+    """
+
+    def __init__(self, bundle: Bundle, *, threads: int | None, provider: str) -> None:
+        self.bundle = bundle
+        self.threads = threads
+        self.provider = provider
+        self.spec: DecoderSpec | None = decoder_spec(bundle.manifest)
+        self._residents = Residents(bundle)
+        self._graphs: dict[str, OrtGraph] = {}
+        self._bindings: dict[str, Binding] = {}
+        self._key: AdapterKey = ()
+        self._text: TextCoder | None = None
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the graphs and the adapters; the session cannot be used after that."""
+        self._bindings.clear()
+        self._graphs.clear()
+        self._residents = Residents(self.bundle)
+        self._closed = True
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that `use` takes."""
+        return self.bundle.adapter_names
+
+    @property
+    def adapter(self) -> str | dict[str, float] | None:
+        """The active adapter's name, a blend's weights by name, or None for the bare base."""
+        if self.bundle.manifest.merged is not None:
+            return self.bundle.manifest.merged
+        if len(self._key) == 1 and self._key[0][1] == 1.0:
+            return self._key[0][0]
+        return dict(self._key) or None
+
+    def use(self, adapter: str | Mapping[str, float] | None) -> None:
+        """Make an adapter, a blend of adapters ({"a": 0.7, "b": 0.3}), or none (the bare base) active.
+
+        The session stays open: tensors are read from the bundle once, and bound once per call. If it fails, what was
+        active before stays active.
+
+        Raises:
+            SessionError: for an unknown name, weights that are not numbers, or a merged bundle.
+            BundleError: if the adapter's file is damaged.
+        """
+        self._check_open()
+        merged = self.bundle.manifest.merged
+        if merged is not None:
+            if adapter not in (None, merged):
+                raise SessionError(
+                    f"adapter {adapter!r} cannot be used: {merged!r} is merged into the weights of this bundle",
+                    hint="export without --merge to swap adapters",
+                )
+            return
+        key = adapter_key(adapter, self.adapters)
+        bindings = self._bind(self._residents.tensors(key) if key else {}, slots=bool(key))
+        self._key, self._bindings = key, bindings
+
+    def use_tensors(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """Make an adapter active that is not in the bundle: to measure it before it is added.
+
+        Args:
+            name: what caches remember it by.
+            tensors: float32 by graph input name, as `bundle.bind` gives them.
+
+        Raises:
+            SessionError: if no graph takes one of the tensors.
+        """
+        self._check_open()
+        bindings = self._bind({key: Tensor(value) for key, value in tensors.items()}, slots=True)
+        self._key, self._bindings = ((name, 1.0),), bindings
+
+    def prepare(self) -> None:
+        """Open the graphs that the active adapter needs now instead of at the first run."""
+        self._check_open()
+        if not self._bindings:
+            self._bindings = self._bind({}, slots=False)
+
+    def evict(self, adapter: str) -> None:
+        """Forget an adapter's tensors, so that the next `use` reads them from the bundle again.
+
+        Raises:
+            SessionError: if it is active.
+        """
+        if any(name == adapter for name, _ in self._key):
+            raise SessionError(f"adapter {adapter!r} is active", hint="session.use(None) first")
+        self._residents.evict(adapter)
+
+    def inputs(self, role: str | None = None) -> dict[str, TensorInfo]:
+        """Return the data inputs of a graph by name (`role` None: the only graph, or the decoder)."""
+        graph = self._binding(role or self._main_role()).graph
+        return dict(graph.inputs)
+
+    def outputs(self, role: str | None = None) -> dict[str, TensorInfo]:
+        """Return the outputs of a graph by name (`role` None: the only graph, or the decoder)."""
+        return dict(self._binding(role or self._main_role()).graph.outputs)
+
+    def run(self, inputs: Mapping[str, Any], *, chunk_size: int | None = None) -> dict[str, Array]:
+        """Return the model's outputs for whole sequences, pictures or features.
+
+        A single-pass model takes its graph's inputs and gives all its outputs. A decoder takes `input_ids`
+        int64[batch, seq] and an optional `attention_mask` whose ones are contiguous in each row and padding left or
+        right; it gives `logits` float32[batch, seq, vocab], zero where the mask is. A sequence-to-sequence model takes
+        the encoder's inputs and `decoder_input_ids` and gives `logits`.
+
+        Args:
+            inputs: arrays by name; whole numbers become int64 and floats float32 where the graph wants those.
+            chunk_size: only for decoders: read the sequence in chunks of so many tokens.
+
+        Raises:
+            SessionError: naming what is expected, for an unknown or missing input, a wrong dtype, rank or length.
+        """
+        self._check_open()
+        if self.spec is not None and not self.has_encoder:
+            return run_decoder(self, self.spec, inputs, chunk_size)
+        if chunk_size is not None:
+            raise SessionError("chunk_size is for decoder-only models", hint="leave it out")
+        if self.spec is not None:
+            given = dict(inputs)
+            if "decoder_input_ids" not in given:
+                raise SessionError(
+                    "input 'decoder_input_ids' is missing",
+                    hint="give it, or use session.generate to let the model write",
+                )
+            ids = given.pop("decoder_input_ids")
+            return {"logits": self.step(ids, self.encode(given))}
+        return self._run_graph("model", inputs)
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """Return an empty key-value cache for `batch_size` sequences of up to `max_length` tokens.
+
+        Raises:
+            SessionError: if this is no decoder-only model, or a size is out of range.
+        """
+        spec = self.require_decoder()
+        if self.has_encoder:
+            raise SessionError(
+                "this model has an encoder; its cache starts with what the encoder says",
+                hint="use session.encode(inputs)",
+            )
+        _check_sizes(spec, batch_size, max_length)
+        if spec.shared_cache:
+            return SharedCache(spec, batch_size, max_length, "cuda" if self.provider == "cuda" else "cpu")
+        return GrowingCache(spec, batch_size, max_length)
+
+    def encode(self, inputs: Mapping[str, Any], *, max_length: int | None = None) -> Cache:
+        """Run a sequence-to-sequence model's encoder and return a cache for its decoder.
+
+        Args:
+            inputs: the encoder's inputs by name (`input_ids` and `attention_mask`, or `input_features`).
+            max_length: how many tokens the decoder may hold, None for as many as it can.
+
+        Raises:
+            SessionError: if the model has no encoder, or an input is unknown, missing or of the wrong shape.
+        """
+        spec = self.require_decoder()
+        if not self.has_encoder:
+            raise SessionError("this model has no encoder", hint="use session.new_cache(batch_size, max_length)")
+        found = self._run_graph("encoder", inputs)
+        batch_size = len(next(iter(found.values())))
+        limit = spec.max_length if max_length is None else max_length
+        _check_sizes(spec, batch_size, limit)
+        wants_mask = "encoder_attention_mask" in self._binding("decoder").graph.inputs
+        mask = Tensor(np.asarray(inputs["attention_mask"], np.int64)) if wants_mask else None
+        cache = GrowingCache(
+            spec,
+            batch_size,
+            limit,
+            cross={name: Tensor(found[name]) for name in spec.cross_names},
+            encoder_mask=mask,
+        )
+        cache.adapter = self._key
+        return cache
+
+    def step(self, input_ids: Any, cache: Cache, *, lengths: Any = None, logits: Wanted = "all") -> Array:
+        """Feed tokens to a decoder and advance `cache`.
+
+        Args:
+            input_ids: int64[batch, seq], right padded where rows differ in length.
+            cache: from `new_cache` or `encode`; it is advanced by each row's number of valid tokens.
+            lengths: int64[batch], how many tokens of each row are valid; None for all.
+            logits: "all" positions, the "last" valid position of each row, or "none".
+
+        Returns:
+            float32[batch, kept, vocab]: kept is seq, 1 or 0. For "all", positions past a row's length are zero.
+
+        Raises:
+            SessionError: if the tokens do not fit the vocabulary, the batch or the cache, or if another adapter filled
+                the cache.
+        """
+        self._check_open()
+        spec = self.require_decoder()
+        if cache.adapter is not None and cache.adapter != self._key:
+            raise SessionError(
+                f"the cache was filled with adapter {_say(cache.adapter)}, active is {_say(self._key)}: "
+                "keys and values of one adapter mean nothing to another",
+                hint="make a new cache with session.new_cache after session.use, and feed the tokens again",
+            )
+        result = run_step(self._binding("decoder"), spec, input_ids, cache, lengths=lengths, logits=logits)
+        cache.adapter = self._key
+        return result
+
+    @property
+    def text(self) -> TextCoder:
+        """The bundle's tokenizer and chat template.
+
+        Raises:
+            SessionError: if the bundle holds no tokenizer.
+        """
+        if self._text is None:
+            from edgeadapt.runtime.tokenizer import open_text_coder
+
+            self._text = open_text_coder(self.bundle)
+        return self._text
+
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[str]:
+        """Return an iterator over the pieces of text that the model writes after `prompt`.
+
+        Args:
+            prompt: a text (wrapped as a user's message if the bundle has a chat template), token ids, chat messages
+                ({"role": ..., "content": ...}), or for a sequence-to-sequence model the encoder's inputs by name.
+            **options: see `Options`.
+
+        Raises:
+            SessionError: at once, for a wrong prompt or option.
+        """
+        self._check_open()
+        return generation.stream(self, prompt, options)
+
+    def complete(self, prompt: Prompt, **options: Unpack[Options]) -> Generation:
+        """Return all that the model writes after `prompt`; arguments as for `generate`.
+
+        Raises:
+            SessionError: for a wrong prompt or option.
+        """
+        return self.generate_batch([prompt], **options)[0]
+
+    def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Generation]:
+        """Return what the model writes after each prompt, run as one batch; rows may differ in length.
+
+        Row i draws with `seed` + i, so it equals `complete(prompts[i], seed=seed + i)`.
+
+        Raises:
+            SessionError: for a wrong prompt or option.
+        """
+        self._check_open()
+        return generation.batch(self, prompts, options)
+
+    def _run_graph(self, role: str, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        binding = self._binding(role)
+        for name, array in checked_inputs(inputs, binding.graph.inputs).items():
+            binding.set_input(name, Tensor(array))
+        for name in binding.graph.outputs:
+            binding.allocate_output(name)
+        return binding.run()
+
+    def _binding(self, role: str) -> Binding:
+        self.prepare()
+        return self._bindings[role]
+
+    def _bind(self, tensors: Mapping[str, Tensor], *, slots: bool) -> dict[str, Binding]:
+        """Return a binding per graph with an adapter's tensors bound where the graph takes them."""
+        bindings = {}
+        for role, record in self.bundle.manifest.graphs.items():
+            name = record.slots if slots and record.slots is not None else record.plain
+            if name not in self._graphs:
+                path = self.bundle.file(name)
+                self._graphs[name] = open_graph(path, threads=self.threads, provider=self.provider)
+            graph = self._graphs[name]
+            bindings[role] = Binding(graph, {key: value for key, value in tensors.items() if key in graph.optional})
+        unused = [key for key in tensors if not any(key in b.graph.optional for b in bindings.values())]
+        if unused:
+            raise SessionError(
+                f"no graph of this bundle takes the adapter's tensor {unused[0]!r}",
+                hint="check the bundle with `edgeadapt verify`",
+            )
+        return bindings
+
+    def _main_role(self) -> str:
+        return "model" if "model" in self.bundle.manifest.graphs else "decoder"
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether this is a sequence-to-sequence model."""
+        return "encoder" in self.bundle.manifest.graphs
+
+    def require_decoder(self) -> DecoderSpec:
+        """Return the decoder's record.
+
+        Raises:
+            SessionError: if this model does not write text.
+        """
+        if self.spec is None:
+            raise SessionError(
+                f"this bundle's task is {self.bundle.manifest.task!r}; it does not write text",
+                hint="use session.run(inputs)",
+            )
+        return self.spec
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionError("the session is closed", hint="open a new one with open_session")
+
+
+def _check_sizes(spec: DecoderSpec, batch_size: int, max_length: int) -> None:
+    if not is_whole(batch_size, 1):
+        raise SessionError(f"batch_size is {batch_size!r}", hint="give a whole number of 1 or more")
+    if not is_whole(max_length, 1, spec.max_length):
+        raise SessionError(f"max_length is {max_length!r}", hint=f"give a whole number from 1 to {spec.max_length}")
+
+
+def _say(key: AdapterKey) -> str:
+    if not key:
+        return "none"
+    if len(key) == 1 and key[0][1] == 1.0:
+        return repr(key[0][0])
+    return "+".join(f"{weight:g}*{name}" for name, weight in key)
