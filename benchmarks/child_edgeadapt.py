@@ -20,6 +20,7 @@ def load(path: str, threads: int, adapter: str | None) -> dict[str, Any]:
 
     started = time.perf_counter()
     STATE["session"] = edgeadapt.open_session(Path(path), threads=threads)
+    STATE["session"].prepare()  # graphs are opened when first needed; peers open theirs at load
     seconds = time.perf_counter() - started
     STATE["adapter"] = adapter
     return {"load_s": seconds, "resident_bytes": resident_bytes(), "onnxruntime": version("onnxruntime")}

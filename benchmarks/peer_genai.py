@@ -46,7 +46,8 @@ class Side:
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request, one answer; RuntimeError if the child reports or dies."""
-        assert self.process and self.process.stdin and self.process.stdout
+        if self.process is None or self.process.stdin is None or self.process.stdout is None:
+            raise RuntimeError(f"{self.name} was not started")
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()

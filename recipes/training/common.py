@@ -39,7 +39,9 @@ def save_adapter(model: Any, folder: Path, base_name: str, *, dtype: torch.dtype
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def stamp(folder: Path, base: BaseModel, base_name: str) -> None:
-    """Write the base's fingerprint beside the adapter, without the head that the base itself does not have."""
-    modules = {path: module for path, module in base.modules.items() if f"{path}.weight" not in base.untrained}
-    stamp_base(folder, replace(base, name=base_name, modules=modules))
+def stamp(folder: Path, base: BaseModel, base_name: str, *, without: tuple[str, ...] = ()) -> None:
+    """Write the base's fingerprint beside the adapter, without heads that the base itself does not have."""
+    own = {
+        path: m for path, m in base.modules.items() if f"{path}.weight" not in base.untrained and path not in without
+    }
+    stamp_base(folder, replace(base, name=base_name, modules=own))
