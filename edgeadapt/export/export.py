@@ -12,7 +12,9 @@ import torch
 from edgeadapt import registry
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import Graph
+from edgeadapt.export.passes.drop_reshapes import drop_reshapes
 from edgeadapt.export.passes.fuse import fuse
+from edgeadapt.export.passes.gather_positions import gather_positions
 from edgeadapt.export.passes.lower_helpers import lower_helpers, set_defaults
 from edgeadapt.export.trace import markers, trace_to_onnx
 from edgeadapt.merging.base_model import BaseModel
@@ -59,6 +61,8 @@ def export_graph(base: BaseModel, *, replaced: Iterable[str] = (), progress: Pro
             with progress.stage(f"fuse {role}"):
                 lower_helpers(model)
                 model = fuse(model)
+                drop_reshapes(model)
+                gather_positions(model)
                 set_defaults(model)
             seconds[f"fuse_{role}_s"] = time.perf_counter() - start
             models[role] = model

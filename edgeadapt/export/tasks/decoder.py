@@ -43,7 +43,7 @@ def generation(base: BaseModel) -> Generation:
         cache_heads=getattr(config, "num_key_value_heads", None) or heads,
         cache_head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         cross_layers=0,
-        max_length=_max_length(config),
+        max_length=_max_length(base),
         vocab_size=config.vocab_size,
         shared_cache=True,
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,),
@@ -51,13 +51,19 @@ def generation(base: BaseModel) -> Generation:
     )
 
 
-def _max_length(config: Any) -> int:
+def _max_length(base: BaseModel) -> int:
+    config = base.config
     limit = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH))
     scaling = getattr(config, "rope_scaling", None) or {}
     if scaling.get("rope_type", scaling.get("type")) in ("longrope", "dynamic"):
         # Beyond this length these kinds change their frequencies, which a fixed table cannot follow.
         limit = int(getattr(config, "original_max_position_embeddings", limit))
-    return min(limit, DEFAULT_MAX_LENGTH)
+    if base.max_length is not None and base.max_length > limit:
+        raise ExportError(
+            f"max_length {base.max_length} is more than the {limit} tokens that {base.name} can place",
+            hint=f"give at most {limit}",
+        )
+    return base.max_length or min(limit, DEFAULT_MAX_LENGTH)
 
 
 class _PassThroughCache(Cache):
@@ -232,7 +238,7 @@ def tracing(base: BaseModel) -> Iterator[None]:
     before = base.config._attn_implementation
     base.config._attn_implementation = ATTENTION
     # Looked at before the patch below: afterwards the model's rotary does nothing.
-    _STEP.tables = rotary_cache(base, _max_length(base.config))
+    _STEP.tables = rotary_cache(base, _max_length(base))
     inside = _STEP.tables is not None
     try:
         if inside:

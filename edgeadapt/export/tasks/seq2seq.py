@@ -35,7 +35,7 @@ def generation(base: BaseModel) -> Generation:
     start = settings.decoder_start_token_id
     start = config.decoder_start_token_id if start is None else start
     forced = [token for _, token in sorted(getattr(settings, "forced_decoder_ids", None) or []) if token is not None]
-    limit = getattr(config, "max_target_positions", None) or DEFAULT_MAX_LENGTH
+    limit = base.max_length or getattr(config, "max_target_positions", None) or DEFAULT_MAX_LENGTH
     return Generation(
         cache_layers=layers,
         cache_heads=heads,

@@ -31,7 +31,7 @@ def traces(base: BaseModel) -> dict[str, Trace]:
     Raises:
         ExportError: if optimum does not know the architecture or the task.
     """
-    example, axes = _inputs(base)
+    example, axes = inputs(base)
     wrapper = _Single(base.module, tuple(example))
     names = wrapper.output_names(example)
     return {"model": Trace(wrapper, example, axes, names, {})}
@@ -55,7 +55,12 @@ class _Single(torch.nn.Module):
         return tuple(value for value in result.values() if isinstance(value, torch.Tensor))
 
 
-def _inputs(base: BaseModel) -> tuple[dict[str, torch.Tensor], dict[str, Mapping[int, str]]]:
+def inputs(base: BaseModel) -> tuple[dict[str, torch.Tensor], dict[str, Mapping[int, str]]]:
+    """Return example inputs by name and the names of their varying axes, as optimum has them for the architecture.
+
+    Raises:
+        ExportError: if optimum does not know the architecture or the task.
+    """
     # Importing the package registers its architectures.
     import optimum.exporters.onnx.model_configs  # noqa: F401
     from optimum.exporters.tasks import TasksManager

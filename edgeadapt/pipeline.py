@@ -1,0 +1,349 @@
+"""The straight road from trained adapters to a bundle. Read `export_bundle` first."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt import bundle as bundles
+from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter
+from edgeadapt.adapters.inspect import default_head_size, task_of
+from edgeadapt.adapters.read import read_adapters
+from edgeadapt.adapters.resolve import resolve
+from edgeadapt.addition import adapter_record, record_golden
+from edgeadapt.bundle.base import base_fingerprint, base_modules
+from edgeadapt.bundle.bundle import Bundle
+from edgeadapt.bundle.manifest import SCHEMA, BaseRecord, GraphRecord, Manifest, ParameterSlot, Slot
+from edgeadapt.bundle.names import check_adapter_name
+from edgeadapt.errors import AdapterError, ExportError, QuantizeError, RecipeError
+from edgeadapt.fields import to_mapping
+from edgeadapt.files import require_free_space, staged_directory
+from edgeadapt.progress import SILENT, Progress
+from edgeadapt.quality.calibration import Calibration, built_in, read_calibration
+from edgeadapt.recipe import Recipe
+from edgeadapt.runtime.session import open_session
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeadapt.export.graph import Graph
+    from edgeadapt.merging.base_model import BaseModel
+    from edgeadapt.quantize.pack import Packed
+
+Array = NDArray[Any]
+OPSET = 21
+MINIMUM_ORT = "1.24.3"
+PARITY_TOLERANCE = 1e-4
+MERGE_TOLERANCE = 1e-4
+
+
+def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseModel | None = None) -> Bundle:
+    """Turn the recipe's adapters and their base into a bundle, and return it opened.
+
+    Nothing appears at the output before all of it is written, compared with the original in torch, and within the
+    gate's limits; a failure or an interrupt leaves what was there before.
+
+    Args:
+        recipe: what to export, and how.
+        progress: told of each stage.
+        base: the base, already loaded (`load_base_model`, `base_from_module`), instead of `recipe.base`.
+
+    Raises:
+        EdgeAdaptError: of the class of the stage that failed, with the offending value and the next step.
+    """
+    from edgeadapt.export.export import export_graph
+    from edgeadapt.quantize.quantize import quantize
+
+    with staged_directory(recipe.output, force=recipe.force) as folder:
+        with progress.stage("read adapters"):
+            adapters = _read_adapters(recipe)
+            samples = built_in() if recipe.calibrate is None else read_calibration(recipe.calibrate)
+        with progress.stage("load base"):
+            base = _load_base(recipe, adapters, base, progress)
+            resolved = [resolve(adapter, base.modules) for adapter in adapters]
+            _check_labels(samples, adapters)
+            require_free_space(folder, _needed_bytes(base, recipe))
+        job = _Job(recipe, base, adapters, resolved, samples)
+        if recipe.merge:
+            with progress.stage("merge"):
+                job = _merged(job)
+        graph = export_graph(job.base, replaced=job.replaced, progress=progress)
+        with progress.stage("compare with torch"):
+            parity = _measure_parity(job, graph, folder / ".parity")
+        with progress.stage(f"quantize {recipe.quantize}"):
+            graph, record = quantize(graph, recipe.quantize, keep=recipe.keep, moments=_moments(job))
+        with progress.stage("write"):
+            draft = _write(job, graph, record, folder)
+            manifest = dataclasses.replace(draft, parity=parity)
+        with progress.stage("measure quality"):
+            quality = _measure_quality(job, folder, recipe, progress)
+        bundles.write_manifest(folder, dataclasses.replace(manifest, quality=quality))
+    return bundles.open_bundle(recipe.output)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every stage reads. After a merge: the merged base, its adapter only as the reference."""
+
+    recipe: Recipe
+    base: BaseModel
+    adapters: Sequence[Adapter]
+    resolved: Sequence[ResolvedAdapter]
+    samples: Calibration
+    original: BaseModel | None = None
+    merge_record: Mapping[str, Any] | None = None
+
+    @property
+    def swappable(self) -> Sequence[ResolvedAdapter]:
+        """The adapters that get slots."""
+        return () if self.recipe.merge else self.resolved
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """Parameters that adapters replace whole."""
+        return tuple(sorted({name for adapter in self.swappable for name in adapter.replaced}))
+
+    @property
+    def flexible(self) -> tuple[str, ...]:
+        """Replaced parameters whose class count may differ between adapters: heads that the base does not have."""
+        parameters = dict(self.base.module.named_parameters())
+        return tuple(
+            name
+            for name in self.replaced
+            if name in self.base.untrained
+            or any(tuple(parameters[name].shape) != a.replaced[name].shape for a in self.swappable if name in a.replaced)
+        )
+
+
+def _read_adapters(recipe: Recipe) -> list[Adapter]:
+    found = [adapter for path in recipe.adapters for adapter in read_adapters(path)]
+    if recipe.names:
+        if len(recipe.names) != len(found):
+            raise RecipeError(
+                f"{len(recipe.names)} names for {len(found)} adapters: {', '.join(a.name for a in found)}",
+                hint="give one --name per adapter, in their order",
+            )
+        found = [dataclasses.replace(a, name=name) for a, name in zip(found, recipe.names, strict=True)]
+    if recipe.merge and len(found) > 1:
+        raise RecipeError(
+            f"{recipe.adapters[0]} holds {len(found)} adapters, and merge takes one",
+            hint="give the folder of one of them",
+        )
+    for adapter in found:
+        check_adapter_name(adapter.name)
+    names = [adapter.name for adapter in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise AdapterError(f"two adapters have the name {twice[0]!r}", hint="give each its own with --name")
+    return found
+
+
+def _load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | None, progress: Progress) -> BaseModel:
+    from edgeadapt.merging.load import load_base_model
+
+    if base is None:
+        tasks = {task for task in map(task_of, adapters) if task is not None}
+        if recipe.task is None and len(tasks) > 1:
+            raise AdapterError(
+                f"the adapters were trained for different tasks: {', '.join(sorted(tasks))}",
+                hint="export one bundle per task, or pass --task",
+            )
+        sizes = [size for size in map(default_head_size, adapters) if size is not None]
+        base = load_base_model(
+            recipe.base,
+            task=recipe.task or next(iter(tasks), None),
+            num_labels=sizes[0] if sizes else None,
+            revision=recipe.revision,
+        )
+    for adapter in adapters:
+        for warning in adapter.warnings:
+            progress.note(f"{adapter.name}: {warning}")
+    if recipe.max_length is None:
+        return base
+    return dataclasses.replace(base, max_length=recipe.max_length)
+
+
+def _check_labels(samples: Calibration, adapters: Sequence[Adapter]) -> None:
+    if samples.labels is not None and not adapters:
+        raise RecipeError("the samples have labels, and there is no adapter", hint="leave the labels out")
+
+
+def _needed_bytes(base: BaseModel, recipe: Recipe) -> int:
+    float_bytes = 4 * sum(parameter.numel() for parameter in base.module.parameters())
+    return 2 * float_bytes if recipe.quantize != "none" else float_bytes
+
+
+def _merged(job: _Job) -> _Job:
+    """Return the job with the adapter in the base's weights, checked against the unmerged forward."""
+    from edgeadapt.export.cases import parity_cases
+    from edgeadapt.merging.merge import check_merge, merge
+    from edgeadapt.merging.quantized_base import base_for_merge, merge_error_ratio, summary_of_ratios
+
+    adapter, resolved = job.adapters[0], job.resolved[0]
+    target = base_for_merge(job.base, adapter, job.recipe.merge_base)
+    record: dict[str, Any] = {"adapter": adapter.name, "base": target.quantized_from or "original"}
+    if target is not job.base:
+        resolved = resolve(adapter, target.modules)
+        record["nf4_error_to_change"] = summary_of_ratios(merge_error_ratio(job.base, target, resolved))
+    merged = merge(target, resolved)
+    cases = parity_cases(target, job.samples.texts)
+    record["max_relative_error"] = check_merge(target, adapter, merged, cases, MERGE_TOLERANCE)
+    return dataclasses.replace(job, base=merged, original=target, resolved=[resolved], merge_record=record)
+
+
+class _References(Sequence[dict[str, Array]]):
+    """A model's outputs for each case, computed when asked for: logits of all cases at once would fill the memory."""
+
+    def __init__(self, base: BaseModel, module: torch.nn.Module, cases: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        self._base, self._module, self._cases = base, module, cases
+
+    def __len__(self) -> int:
+        return len(self._cases)
+
+    def __getitem__(self, index: Any) -> Any:
+        from edgeadapt.merging.reference import model_outputs
+
+        return model_outputs(self._base, self._module, self._cases[index])
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        return (self[index] for index in range(len(self)))
+
+
+def _references(job: _Job, cases: Sequence[Mapping[str, torch.Tensor]]) -> dict[str | None, _References]:
+    """Return the original's outputs: the base's under None, each adapter's by the library that saved it, unmerged."""
+    from edgeadapt.merging.reference import adapted_module
+
+    if job.recipe.merge:
+        assert job.original is not None
+        module = adapted_module(job.original, job.adapters[0])
+        return {None: _References(job.original, module, cases)}
+    found: dict[str | None, _References] = {None: _References(job.base, job.base.module, cases)}
+    for adapter in job.adapters:
+        found[adapter.name] = _References(job.base, adapted_module(job.base, adapter), cases)
+    return found
+
+
+def _arrays(cases: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, Array]]:
+    return [{name: tensor.numpy() for name, tensor in case.items()} for case in cases]
+
+
+def _measure_parity(job: _Job, graph: Graph, folder: Path) -> dict[str, Any]:
+    """Write the unquantized graph as a draft, compare its session with torch, and remove it.
+
+    Raises:
+        ExportError: if it differs by more than the tolerance.
+    """
+    from edgeadapt.export.cases import parity_cases
+    from edgeadapt.export.graph import Graph as GraphClass
+    from edgeadapt.quality.parity import measure_parity
+
+    copy = GraphClass({role: model.clone() for role, model in graph.models.items()}, graph.task, graph.generation)
+    _write(job, copy, {"scheme": "none"}, folder)
+    try:
+        cases = parity_cases(job.base, job.samples.texts)
+        with open_session(folder) as session:
+            result: dict[str, Any] = measure_parity(
+                session, _arrays(cases), _references(job, cases), tolerance=PARITY_TOLERANCE
+            )
+    finally:
+        shutil.rmtree(folder)
+    return {**result, "merge": dict(job.merge_record)} if job.merge_record is not None else result
+
+
+def _moments(job: _Job) -> dict[str, Array] | None:
+    """Return second moments of the modules' inputs on the user's samples, None where no samples were given."""
+    if job.recipe.calibrate is None or job.recipe.quantize in ("none", "fp16"):
+        return None
+    from edgeadapt.export.activations import collect_moments
+    from edgeadapt.export.cases import sample_cases
+
+    return collect_moments(job.base, sample_cases(job.base, job.samples.texts, job.samples.arrays))
+
+
+def _write(job: _Job, graph: Graph, quantization: Mapping[str, Any], folder: Path) -> Manifest:
+    """Write graphs, assets and adapters into `folder` with a manifest, and return the manifest."""
+    from edgeadapt.quantize.pack import pack
+
+    bundles.write_assets(folder, job.base.assets)
+    packed = pack(graph, folder, job.swappable, job.base.modules, flexible=job.flexible)
+    manifest = bundles.write_manifest(folder, _manifest(job, packed, graph, quantization))
+    if not job.swappable:
+        return manifest
+    records = {}
+    with open_session(folder) as session:
+        for adapter, resolved in zip(job.adapters, job.resolved, strict=True):
+            tensors = bundles.bind(resolved, manifest)
+            golden = record_golden(session, adapter.name, tensors)
+            records[adapter.name] = bundles.write_adapter(
+                folder,
+                adapter.name,
+                tensors,
+                adapter_record(adapter, resolved),
+                golden,
+                manifest.adapter_dtype,
+                base_fingerprint=manifest.base.fingerprint,
+            )
+    return bundles.write_manifest(folder, dataclasses.replace(manifest, adapters=records))
+
+
+def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str, Any]) -> Manifest:
+    base, recipe = job.base, job.recipe
+    config = getattr(base.config, "id2label", None) or {}
+    return Manifest(
+        schema=SCHEMA,
+        name=recipe.output.name.removesuffix(".bundle"),
+        task=base.task,
+        base=BaseRecord(
+            name=base.name,
+            revision=base.revision,
+            model_type=base.model_type,
+            quantized_from=base.quantized_from,
+            fingerprint=base_fingerprint(base.modules),
+            modules=base_modules(base.modules),
+        ),
+        graphs={role: GraphRecord(**dataclasses.asdict(files)) for role, files in packed.graphs.items()},
+        slots=tuple(Slot(**dataclasses.asdict(slot)) for slot in packed.slots),
+        parameters=tuple(ParameterSlot(**dataclasses.asdict(parameter)) for parameter in packed.parameters),
+        adapter_dtype="float32" if quantization["scheme"] == "none" else "float16",
+        merged=job.adapters[0].name if recipe.merge else None,
+        adapters={},
+        quantization=quantization,
+        parity={},
+        quality=(),
+        files={},
+        runtime={"engine": "onnxruntime", "min_version": MINIMUM_ORT, "opset": OPSET},
+        generation=None if graph.generation is None else to_mapping(graph.generation),
+        labels=tuple(str(config[index]) for index in sorted(config)) if "classification" in base.task else (),
+    )
+
+
+def _measure_quality(job: _Job, folder: Path, recipe: Recipe, progress: Progress) -> tuple[dict[str, Any], ...]:
+    """Compare the written bundle with torch on the samples; note a ruined model; apply the gate.
+
+    Raises:
+        QuantizeError: if the gate's limits are broken.
+    """
+    from edgeadapt.export.cases import sample_cases
+    from edgeadapt.quality.gate import gate, verdict
+    from edgeadapt.quality.quality import measure_quality
+
+    cases = sample_cases(job.base, job.samples.texts, job.samples.arrays)
+    with open_session(folder) as session:
+        rows = measure_quality(
+            session, _arrays(cases), _references(job, cases), recipe.quantize, labels=job.samples.labels
+        )
+    sentence = verdict(rows)
+    if sentence is not None:
+        progress.note(sentence)
+    gate(rows, max_kl=recipe.max_kl, min_top1=recipe.min_top1)
+    return tuple(to_mapping(row) for row in rows)
+
+
+__all__ = ["ExportError", "QuantizeError", "export_bundle"]
