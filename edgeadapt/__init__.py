@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from edgeadapt.device import Device as Device
     from edgeadapt.device import read_device as read_device
     from edgeadapt.errors import EdgeAdaptError as EdgeAdaptError
+    from edgeadapt.merging.fingerprint import stamp_base as stamp_base
     from edgeadapt.merging.load import base_from_module as base_from_module
     from edgeadapt.merging.load import load_base_model as load_base_model
-    from edgeadapt.merging.fingerprint import stamp_base as stamp_base
     from edgeadapt.pipeline import export_bundle as export_bundle
     from edgeadapt.profiling import profile as profile
     from edgeadapt.recipe import Recipe as Recipe

@@ -7,14 +7,15 @@ import inspect
 import json
 import subprocess
 import sys
-import typing
+from typing import Any
 
 import grimp
 import pytest
-from typer.models import ArgumentInfo, OptionInfo
+import typer.main
 
 import edgeadapt
 from edgeadapt import registry, settings
+from edgeadapt.cli.app import app
 from edgeadapt.cli.export import export
 from edgeadapt.recipe import Recipe
 
@@ -69,18 +70,18 @@ def test_a_device_needs_no_torch(name):
 def test_one_word_per_setting():
     """A recipe's key, the dataclass field, the keyword argument and the flag are the same word."""
     fields = [field.name for field in dataclasses.fields(Recipe)]
-    hints = typing.get_type_hints(export, include_extras=True)
-    arguments = [name for name in inspect.signature(export).parameters if name not in {"recipe", "json", "quiet"}]
-    assert arguments == fields
-    for name in arguments:
-        _, info = typing.get_args(hints[name])
-        if isinstance(info, ArgumentInfo):
-            assert info.metavar == name.removesuffix("s").upper() + "..."
-            continue
-        assert isinstance(info, OptionInfo)
-        word = name.removesuffix("s") if name == "names" else name  # given once per adapter
-        assert info.param_decls is not None
-        assert info.param_decls[0].partition("/")[0] == "--" + word.replace("_", "-")
+    command: Any = typer.main.get_command(app)
+    parameters = {
+        p.name: p for p in command.commands["export"].params if p.name not in {"recipe", "json", "quiet", "help"}
+    }
+    assert list(parameters) == fields
+    assert [name for name in inspect.signature(export).parameters if name in fields] == fields
+    for name, parameter in parameters.items():
+        if parameter.param_type_name == "argument":
+            assert parameter.metavar == name.removesuffix("s").upper() + "..."
+        else:
+            word = name.removesuffix("s") if parameter.multiple else name  # a repeated flag names one of them
+            assert parameter.opts[0] == "--" + word.replace("_", "-")
     for recipe in settings.names("recipes"):
         assert set(settings.read(settings.find("recipes", recipe))) <= set(fields)
 
