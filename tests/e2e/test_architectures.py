@@ -1,0 +1,29 @@
+"""Every architecture: two adapters of different rank through the whole pipeline, against peft's unmerged forward."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.e2e.tiny import ARCHITECTURES, Architecture, build
+
+from edgeadapt.addition import verify_bundle
+from edgeadapt.pipeline import export_bundle
+from edgeadapt.recipe import Recipe
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_two_adapters_of_different_rank_equal_peft(architecture: Architecture, tmp_path: Path) -> None:
+    base, adapters = build(architecture, tmp_path)
+    output = tmp_path / "tiny.bundle"
+
+    bundle = export_bundle(
+        Recipe(tuple(adapters), str(base), output, task=architecture.task, quantize="none")
+    )
+
+    errors = bundle.manifest.parity["max_relative_error"]
+    assert set(errors) == {"base", "adapter0", "adapter1"}
+    assert max(errors.values()) < 1e-5
+    assert {bundle.manifest.adapters[name].rank for name in ("adapter0", "adapter1")} == {4, 2}
+    assert len(bundle.manifest.slots) >= 2
+    assert verify_bundle(output) == []
