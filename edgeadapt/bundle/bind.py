@@ -162,7 +162,8 @@ def _checked(adapter: str, name: str, value: Array) -> Array:
         raise BundleError(
             f"adapter {adapter!r}: {name!r} holds NaN or infinite values", hint="the adapter is damaged; save it again"
         )
-    result = np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
+    with np.errstate(over="ignore"):  # what overflows is refused below
+        result = np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
     if not np.isfinite(result).all():
         raise BundleError(f"adapter {adapter!r}: {name!r} does not fit into float32", hint="the adapter is damaged")
     return result

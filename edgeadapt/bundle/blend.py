@@ -46,10 +46,11 @@ def blend(parts: Sequence[Part], manifest: Manifest, defaults: Mapping[str, Arra
     if len(used) == 1 and used[0][0] == 1:
         return {name: np.asarray(value, np.float32) for name, value in sorted(used[0][1].items())}
     result: dict[str, Array] = {}
-    for slot in manifest.slots:
-        result |= _blend_slot(used, slot)
-    for parameter in manifest.parameters:
-        result |= _blend_parameter(used, parameter, (defaults or {}).get(parameter.input))
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
+        for slot in manifest.slots:
+            result |= _blend_slot(used, slot)
+        for parameter in manifest.parameters:
+            result |= _blend_parameter(used, parameter, (defaults or {}).get(parameter.input))
     for name, value in result.items():
         if not np.isfinite(value).all():
             raise BundleError(f"the blend overflows at {name!r}", hint="use smaller weights")

@@ -141,6 +141,11 @@ def _check_writable(items: list[tuple[str, Array]]) -> None:
     for name, value in items:
         if value.dtype not in _CODES.values():
             raise BundleError(f"tensor {name!r} is {value.dtype}", hint="write float32 or float16")
+        if not 0 < value.ndim <= _MAX_AXES:  # ONNX Runtime refuses scalars too
+            raise BundleError(
+                f"tensor {name!r} has {value.ndim} axes, an adapter file holds 1 to {_MAX_AXES}",
+                hint="merge this adapter with --merge",
+            )
         if value.size == 0:
             raise BundleError(f"tensor {name!r} is empty: shape {list(value.shape)}", hint="leave it out")
         if not np.isfinite(value).all():
@@ -171,8 +176,8 @@ def _parameter(reader: _Reader, position: int) -> tuple[str, Array]:
     if dtype is None:
         raise reader.error(f"tensor {name!r} has data type {code}; only 1 (float32) and 10 (float16) are allowed")
     dims = reader.vector(fields[1], 8, f"dims of {name!r}")
-    if dims.count > _MAX_AXES:
-        raise reader.error(f"tensor {name!r} has {dims.count} axes, at most {_MAX_AXES} are allowed")
+    if not 0 < dims.count <= _MAX_AXES:
+        raise reader.error(f"tensor {name!r} has {dims.count} axes, must be 1 to {_MAX_AXES}")
     shape = struct.unpack_from(f"<{dims.count}q", reader.data, dims.start)
     if any(not 0 < axis < 2**31 for axis in shape):
         raise reader.error(f"tensor {name!r} has the shape {list(shape)}")
