@@ -86,10 +86,8 @@ def _edgeadapt_sides(args: argparse.Namespace, failures: list[dict[str, str]]) -
     for scheme in args.scheme:
         bundle = Path(given[scheme]) if scheme in given else args.work / f"{scheme}.bundle"
         if not bundle.exists():
-            command = [sys.executable, "-m", "edgeadapt", "export", str(args.adapter), "--base", args.base]
-            if not _build(
-                f"export {scheme}", [*command, "-o", str(bundle), "--quantize", scheme, "--max-kl", "inf"], failures
-            ):
+            export = [sys.executable, "-m", "edgeadapt", "export", str(args.adapter), "--base", args.base]
+            if not _build(f"export {scheme}", [*export, "-o", str(bundle), "--quantize", scheme], failures):
                 continue
         child = [sys.executable, str(HERE / "child_edgeadapt.py")]
         sides.append(Side(f"edgeadapt {scheme}", child, bundle, args.adapter.name))

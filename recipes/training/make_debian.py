@@ -4,8 +4,8 @@
 
 Labels are Debian's own: the `Section` field, and the `role::` facet of the `Tag` field. At most one package per source
 package and label, and a source package is on one side of the split only, so that sibling packages with nearly the same
-description are never both in training and test. Balanced; the order comes from hashes of the names, so that the same
-package list always gives the same files.
+description are never both in training and test; a description that training shows is left out of the test. Balanced;
+the order comes from hashes of the names, so that the same package list always gives the same files.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ def main() -> None:
     folder = parser.parse_args().folder
     packages = sorted(read_packages(sys.stdin.read()), key=lambda p: _digest(p["Package"]))
     for name, label_of in (("debian-section", section), ("debian-kind", kind)):
+        shown: set[str] = set()
         for split, count in (("train", TRAIN_PER_LABEL), ("test", TEST_PER_LABEL)):
-            rows = choose(packages, label_of, split, count)
+            rows = choose([p for p in packages if _text(p).lower() not in shown], label_of, split, count)
+            shown |= {row["text"].lower() for row in rows}
             lines = [json.dumps(row, ensure_ascii=False) for row in rows]
             (folder / f"{name}.{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             print(f"{name}.{split}: {len(rows)} rows, labels {sorted({row['label'] for row in rows})}")
@@ -51,7 +53,7 @@ def read_packages(text: str) -> Iterable[Fields]:
     """The packages of an `apt-cache dumpavail` listing that have a short description."""
     for block in text.split("\n\n"):
         fields = dict(re.findall(r"^([A-Za-z0-9-]+): (.*(?:\n .*)*)$", block, re.MULTILINE))
-        if "Package" in fields and 10 <= len(fields.get("Description", "").partition("\n")[0]) <= MAX_LENGTH:
+        if "Package" in fields and 10 <= len(_text(fields)) <= MAX_LENGTH:
             yield fields
 
 
@@ -78,7 +80,7 @@ def choose(
         source = package.get("Source", package["Package"]).partition(" ")[0]
         if (int(_digest(source), 16) % TEST_SHARE == 0) != (split == "test"):
             continue
-        label, text = label_of(package), package["Description"].partition("\n")[0]
+        label, text = label_of(package), _text(package)
         if label is None or taken.get(label, 0) == count:
             continue
         if (label, source) in seen or ("text", text.lower()) in seen:
@@ -90,6 +92,10 @@ def choose(
     if short or not taken:
         sys.exit(f"too few packages in {split}: {short or 'none'} of {count}; run `apt-get update` first")
     return rows
+
+
+def _text(package: Fields) -> str:
+    return package.get("Description", "").partition("\n")[0]
 
 
 def _digest(text: str) -> str:

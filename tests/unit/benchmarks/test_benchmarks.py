@@ -1,0 +1,70 @@
+"""The measuring side of benchmarks/: its protocol and its arithmetic."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+CHILD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from child import serve
+
+def double(x):
+    print("a library prints this")
+    return {"y": 2 * x}
+
+serve({"double": double})
+"""
+
+
+def load(root: Path, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, root / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_child_answers_each_line_and_survives_a_failure(root: Path) -> None:
+    requests = [{"do": "double", "x": 4}, {"do": "double"}, {"do": "halve", "x": 1}, {"do": "double", "x": 1}]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(root / "benchmarks")],
+        input="".join(json.dumps(request) + "\n" for request in requests),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        {"y": 8},
+        {"error": "TypeError: double() missing 1 required positional argument: 'x'"},
+        {"error": "KeyError: 'halve'"},
+        {"y": 2},
+    ]
+    assert "a library prints this" in done.stderr
+
+
+def test_ratios_are_of_pairs_not_of_medians(root: Path) -> None:
+    statistics_of = load(root, "statistics_of")
+    assert statistics_of.summary([3.0, 1.0, 8.0]) == {"median": 3.0, "min": 1.0, "max": 8.0, "n": 3}
+    # Both sides slow down together in round two: the ratio does not move.
+    assert statistics_of.ratio_summary([4.0, 2.0, 8.0], [2.0, 1.0, 4.0])["min"] == 2.0
+    assert statistics_of.ratio_summary([4.0, 2.0, 8.0], [2.0, 1.0, 4.0])["max"] == 2.0
+
+
+def test_packed_adapters_compute_what_the_separate_ones_do(root: Path) -> None:
+    slots = load(root, "genai_slots")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3, 8)).astype(np.float32)
+    downs = [rng.normal(size=(8, 2)).astype(np.float32) for _ in range(3)]
+    ups = [rng.normal(size=(2, out)).astype(np.float32) for out in (8, 4, 4)]
+    packed = (x @ np.concatenate(downs, axis=1)) @ slots._block_diagonal(ups)
+    separate = np.concatenate([x @ a @ b for a, b in zip(downs, ups, strict=True)], axis=1)
+    np.testing.assert_allclose(packed, separate, rtol=0, atol=1e-5)  # float32 sums of 8 products
