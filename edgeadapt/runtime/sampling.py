@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -52,7 +52,8 @@ def sampling(options: Mapping[str, Any]) -> Sampling:
         if name not in known:
             raise SessionError(f"unknown option {name!r}", hint=f"known: {', '.join(sorted(known))}")
     stop = options.get("stop", ())
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    texts = (stop,) if isinstance(stop, str) else stop
+    stops = tuple(texts) if isinstance(texts, Sequence) else (None,)
     chosen = Sampling(**{**options, "stop": stops})
     for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0), ("prefill_chunk", 1)):
         _check(name, getattr(chosen, name), is_whole(getattr(chosen, name), low), f"a whole number of {low} or more")
