@@ -45,7 +45,7 @@ def _answer(folder: Path, adapter: str, prompt: str) -> str:
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Return the numbers of a nested mapping under dotted names; texts, lists and what was not measured are left out."""
+    """Return the numbers of a nested mapping under dotted names; texts and lists are left out."""
     found: list[tuple[str, float]] = []
     for key, item in value.items():
         if isinstance(item, dict):
