@@ -1,0 +1,1 @@
+"""Graph to Graph with smaller weights (`quantize`), then to files (`pack`). Schemes are files in `schemes/`."""

@@ -1,0 +1,69 @@
+"""What a scheme is: one file in `quantize/schemes`, found by its name.
+
+A scheme's file holds
+
+- `SUMMARY`: one line for people;
+- `BLOCK_SIZE`: weights that share a scale unless the user says otherwise;
+- `usual(weight) -> tuple[str, str]`: the scheme that a weight gets when this one is asked for the whole model, and why
+  if it is another one;
+- `refuses(weight) -> str | None`: why this scheme cannot hold a weight at all, or None;
+- `apply(uses, settings) -> Stored`: rewrite the nodes that use one constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.quantize.weights import Weight
+
+SCHEMES = "edgeadapt.quantize.schemes"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to store one constant.
+
+    block_size: weights along a row that share a scale
+    moment: float32[in, in], E[x x^T] of the layer's input on the calibration texts, or None
+    """
+
+    block_size: int
+    moment: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What became of one constant.
+
+    bytes: what the file holds of it now, scales and zero points included
+    rounding: "nearest" (each weight by itself), "feedback" (with calibration moments), "float16", or None if untouched
+    note: what people should know, if anything
+    """
+
+    bytes: int
+    rounding: str | None
+    note: str | None = None
+
+
+class Scheme(Protocol):
+    """The names in a scheme's file."""
+
+    SUMMARY: str
+    BLOCK_SIZE: int
+
+    def usual(self, weight: Weight) -> tuple[str, str]:
+        """Return (scheme, why) for `weight` when this one is asked for the whole model."""
+        ...
+
+    def refuses(self, weight: Weight) -> str | None:
+        """Return why `weight` cannot be stored like this, or None."""
+        ...
+
+    def apply(self, uses: Sequence[Weight], settings: Settings) -> Stored:
+        """Rewrite the nodes in `uses`, which read one initializer the same way round."""
+        ...

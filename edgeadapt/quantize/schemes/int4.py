@@ -1,0 +1,49 @@
+"""Linear layers in 4 bits with whole zero points; the head, embeddings and convolutions in 8.
+
+Rounding 4-bit weights to nearest ruins small models. With the second moments of each layer's input on calibration
+texts the rounding errors are made to cancel (see `quantize.gptq`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgeadapt.quantize.blocks import round_to_nearest
+from edgeadapt.quantize.gptq import inverse_factor, round_with_feedback
+from edgeadapt.quantize.rewrite import use_blocks
+from edgeadapt.quantize.scheme import Settings, Stored
+from edgeadapt.quantize.weights import Weight
+
+SUMMARY = "4-bit linear layers, the rest 8-bit; needs --calibrate for small models"
+BLOCK_SIZE = 32
+
+
+def usual(weight: Weight) -> tuple[str, str]:
+    """Return int8 for what suffers most from 4 bits or gains least."""
+    if weight.kind == "conv":
+        return "int8", "convolution"
+    if weight.kind == "embedding":
+        return "int8", "embedding"
+    if weight.is_head:
+        return "int8", "head"
+    return "int4", ""
+
+
+def refuses(weight: Weight) -> str | None:
+    """Return why `weight` cannot be stored in 4 bits, or None."""
+    if weight.kind == "conv":
+        return "ONNX Runtime has no 4-bit convolution"
+    if weight.kind == "embedding":
+        # GatherBlockQuantized reads wrong zero points for an odd number of 4-bit blocks (1.24.3; right in 1.32).
+        return "4-bit embeddings are read wrongly by ONNX Runtime 1.24"
+    return None
+
+
+def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
+    """Store the matrix in 4 bits, with error feedback where calibration moments are at hand."""
+    matrix = uses[0].matrix()
+    if settings.moment is None:
+        blocks = round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
+        return Stored(use_blocks(uses, blocks), "nearest")
+    blocks = round_with_feedback(matrix, inverse_factor(settings.moment), 4, settings.block_size)
+    return Stored(use_blocks(uses, blocks), "feedback")
