@@ -86,7 +86,7 @@ def base_label(base_name: str | None) -> str:
 def trained_on(base: BaseReference) -> str:
     """Return a name for the base that the adapter was trained on, for error messages."""
     if base.name is None:
-        return "the adapter's own base (its name was not saved)"
+        return "a base whose name was not saved"
     revision = f" at revision {base.revision}" if base.revision else ""
     quantization = f", quantized to {base.quantization}" if base.quantization else ""
-    return f"the adapter's base {base.name!r}{revision}{quantization}"
+    return f"base {base.name!r}{revision}{quantization}"

@@ -144,7 +144,8 @@ def _read(file: Path, key: str, dtype: str, shape: tuple[int, ...], start: int) 
     if bad.size:
         index = [int(i) for i in np.unravel_index(int(bad[0]), shape)]
         raise AdapterError(
-            f"tensor {key!r} in {file} holds {bad.size} values that are not finite (the first at {index})",
+            f"tensor {key!r} in {file} holds values that are not finite: {bad.size} of {values.size}, "
+            f"the first at {index}",
             hint="the training diverged or the file is damaged: use an earlier checkpoint",
         )
     return values.reshape(shape)

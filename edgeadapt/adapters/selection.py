@@ -64,8 +64,9 @@ def find_move(paths: Iterable[str], modules: Collection[str]) -> Move:
     if not found:
         near = difflib.get_close_matches(strange[0], modules, n=1, cutoff=0.0)
         raise AdapterError(
-            f"the adapter changes module {strange[0]!r} ({len(strange)} of its {len(paths)} modules are not in the "
-            f"base), which the base does not have; its nearest is {near[0] if near else None!r}",
+            f"the adapter changes module {strange[0]!r}, which the base does not have (its nearest is "
+            f"{near[0] if near else None!r}); {len(paths) - len(strange)} of the adapter's {len(paths)} modules "
+            "are there",
             hint="give the base that the adapter was trained on, loaded for the same task",
         )
     one, other = sorted(found.values(), key=lambda move: move.to_base(strange[0]))[:2]

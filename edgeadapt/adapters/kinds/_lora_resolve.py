@@ -80,13 +80,13 @@ def _prove_selection(work: _Work, present: set[str]) -> None:
         )
     if missing := selected - present:
         raise AdapterError(
-            f"{len(missing)} of the {len(selected)} modules that target_modules selects have no tensors: "
+            f"no tensors for {len(missing)} of the {len(selected)} modules that target_modules selects: "
             f"{name_some(missing)} ({work.both_bases()})",
             hint=_DAMAGED + ", or " + _RIGHT_BASE,
         )
     if extra := present - selected - allowed:
         raise AdapterError(
-            f"there are tensors for {len(extra)} modules that the config does not select: {name_some(extra)}",
+            f"tensors for modules that the config does not select: {name_some(extra)}",
             hint="copy the adapter_config.json that was saved with these tensors",
         )
 
@@ -209,6 +209,11 @@ def _take_saved(work: _Work) -> None:
                     hint=_DAMAGED + ", or " + _RIGHT_BASE,
                 )
             work.replaced[f"{path}.{part}"] = _replacement(work, module, part, tensor)
+        rows = [len(work.replaced[key]) for key in (f"{path}.weight", f"{path}.bias") if key in work.replaced]
+        if module.type == "linear" and len(set(rows)) > 1:
+            raise AdapterError(
+                f"the head {name!r} has {rows[0]} outputs by its weight and {rows[1]} by its bias", hint=_DAMAGED
+            )
 
 
 def _replacement(work: _Work, module: TargetModule, part: str, tensor: TensorRef) -> Array:
@@ -230,8 +235,8 @@ def _replacement(work: _Work, module: TargetModule, part: str, tensor: TensorRef
 
 def _is_vocabulary(work: _Work, module: TargetModule) -> bool:
     """Tell whether a module is an embedding or has one row per token, like a language model's head."""
-    shapes = {other.weight_shape for other in work.modules.values() if other.type == "embedding"}
-    return module.type == "embedding" or module.weight_shape in shapes
+    embeddings = [other.weight_shape for other in work.modules.values() if other.type == "embedding"]
+    return module.type == "embedding" or module.weight_shape == max(embeddings, default=None)
 
 
 def _take_biases(work: _Work) -> None:
@@ -253,7 +258,7 @@ def _take_biases(work: _Work) -> None:
     }
     if missing:
         raise AdapterError(
-            f"bias is {trained!r}, and the biases of {len(missing)} modules are missing: {name_some(missing)}",
+            f"bias is {trained!r}, but trained biases are missing, those of {name_some(missing)}",
             hint=_DAMAGED + ", or " + _RIGHT_BASE,
         )
 
@@ -309,8 +314,7 @@ def _refuse_left(work: _Work) -> None:
     path = work.move.to_base(left[first])
     known = f"module {path!r} is there" if path in work.modules else f"it has no module {path!r}"
     raise AdapterError(
-        f"{len(left)} tensors have no use in {base_label(work.base_name)}: {name_some(left)} ({known}; "
-        f"{work.both_bases()})",
+        f"tensors without a use in {base_label(work.base_name)}: {name_some(left)} ({known}; {work.both_bases()})",
         hint=_RIGHT_BASE,
     )
 

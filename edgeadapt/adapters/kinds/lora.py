@@ -85,7 +85,7 @@ def _check_module(adapter: Adapter, module: str, parts: Mapping[str, TensorRef])
             f"{bool(adapter.config.get('use_dora'))}, lora_bias is {bool(adapter.config.get('lora_bias'))}",
             hint=_SAVE_AGAIN,
         )
-    for part in wanted:
+    for part in sorted(wanted):
         if not parts[part].dtype.startswith(("F", "BF")):
             raise AdapterError(
                 f"tensor {parts[part].key!r} in {_file(adapter)} has dtype {parts[part].dtype}",
