@@ -177,14 +177,17 @@ def _own_saved_parameters(module: nn.Module, adapter: Adapter) -> None:
 
 def _exchange(module: nn.Module, old: nn.Parameter, fresh: torch.Tensor) -> None:
     """Put `fresh` in the place of `old`, wherever that is used."""
-    shared: nn.Parameter | None = None
-    for owner in module.modules():
-        for attribute, parameter in list(owner._parameters.items()):  # noqa: SLF001
-            if parameter is not old:
-                continue
-            set_parameter(owner, attribute, fresh)
-            shared = shared or owner._parameters[attribute]  # noqa: SLF001
-            owner._parameters[attribute] = shared  # noqa: SLF001
+    places = [
+        (owner, attribute)
+        for owner in module.modules()
+        for attribute, parameter in owner._parameters.items()  # noqa: SLF001
+        if parameter is old
+    ]
+    for owner, attribute in places:
+        set_parameter(owner, attribute, fresh)
+    first, name = places[0]
+    for owner, attribute in places[1:]:
+        owner._parameters[attribute] = first._parameters[name]  # noqa: SLF001
 
 
 def _prove_loaded(model: nn.Module, adapter: Adapter) -> None:
