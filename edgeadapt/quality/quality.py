@@ -1,0 +1,151 @@
+"""What quantizing cost: a session's outputs against torch in float32, one row per adapter and one for the base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.errors import QuantizeError
+from edgeadapt.quality.compare import LOGITS, Comparison, compare, output_mask
+
+Array = NDArray[Any]
+Label = int | str
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """How far one adapter (None: the base) on the quantized base is from float32 torch; None where not defined.
+
+    positions: tokens or samples that were compared
+    mean_kl, max_kl: KL divergence in nats of the distributions over the last axis of "logits"
+    top1: share of positions whose most likely token or class is the same
+    max_relative_error: largest difference, relative to the largest value of the output in its case
+    cosine: mean cosine similarity of the vectors in outputs other than logits
+    accuracy, reference_accuracy: share of samples with the right label, here and in torch
+    """
+
+    adapter: str | None
+    scheme: str
+    positions: int
+    mean_kl: float | None
+    max_kl: float | None
+    top1: float | None
+    max_relative_error: float
+    cosine: float | None
+    accuracy: float | None
+    reference_accuracy: float | None
+
+
+def measure_quality(
+    session: Any,
+    cases: Sequence[Mapping[str, Array]],
+    references: Mapping[str | None, Sequence[Mapping[str, Array]]],
+    scheme: str,
+    labels: Sequence[Label] | None = None,
+) -> tuple[QualityRow, ...]:
+    """Return a row for every adapter in `references`, in that order.
+
+    Args:
+        session: a `runtime.session.Session` over the quantized graph.
+        cases: inputs by name, one sample each if there are labels.
+        references: the original's outputs for each case, by adapter name; None for the base.
+        scheme: how the graph was quantized, for the rows.
+        labels: the right class of each case, an index or a name that the adapter or the base has for it.
+
+    Raises:
+        QuantizeError: if there is nothing to compare, or labels do not go with the cases.
+        ExportError: if outputs cannot be compared.
+    """
+    if not cases or not references:
+        raise QuantizeError("there is nothing to compare with", hint="give at least one sample")
+    if labels is not None and len(labels) != len(cases):
+        raise QuantizeError(f"{len(labels)} labels for {len(cases)} samples", hint="give one label per sample")
+    rows = []
+    for adapter, expected in references.items():
+        session.use(adapter)
+        classes = None if labels is None else _classes(session, adapter, labels)
+        rows.append(_row(session, cases, expected, (adapter, scheme), classes))
+    session.use(None)
+    return tuple(rows)
+
+
+def _row(
+    session: Any,
+    cases: Sequence[Mapping[str, Array]],
+    expected: Sequence[Mapping[str, Array]],
+    of: tuple[str | None, str],
+    classes: Sequence[int | None] | None,
+) -> QualityRow:
+    comparisons: list[Comparison] = []
+    right: list[tuple[bool, bool]] = []
+    for index, (case, reference) in enumerate(zip(cases, expected, strict=True)):
+        measured = session.run(case)
+        comparisons.append(compare(reference, measured, output_mask(case)))
+        if classes is not None:
+            right.append((_is_right(measured, classes[index]), _is_right(reference, classes[index])))
+    kl = _joined([c.kl for c in comparisons])
+    agrees = _joined([c.agrees for c in comparisons])
+    cosines = _joined([c.cosines for c in comparisons])
+    known = classes is not None and all(wanted is not None for wanted in classes)
+    counted = next((values for values in (kl, cosines) if values is not None), None)
+    return QualityRow(
+        adapter=of[0],
+        scheme=of[1],
+        positions=len(cases) if counted is None else len(counted),
+        mean_kl=None if kl is None else _number(kl.mean()),
+        max_kl=None if kl is None else _number(kl.max()),
+        top1=None if agrees is None else float(agrees.mean()),
+        max_relative_error=_number(max(comparison.worst[1] for comparison in comparisons)),
+        cosine=None if cosines is None else _number(cosines.mean()),
+        accuracy=float(np.mean([pair[0] for pair in right])) if known else None,
+        reference_accuracy=float(np.mean([pair[1] for pair in right])) if known else None,
+    )
+
+
+def _classes(session: Any, adapter: str | None, labels: Sequence[Label]) -> list[int | None]:
+    """Return the class index of every label, None where only the base is asked for a name that it does not know."""
+    manifest = session.bundle.manifest
+    names = manifest.adapters[adapter].labels if adapter in manifest.adapters else ()
+    names = names or manifest.labels
+    indices = {name: index for index, name in enumerate(names)}
+    found = [label if isinstance(label, int) else indices.get(label) for label in labels]
+    unknown = next((label for label, index in zip(labels, found, strict=True) if index is None), None)
+    if unknown is not None and adapter is not None:
+        raise QuantizeError(
+            f"the label {unknown!r} is no class of adapter {adapter!r}"
+            + (f", which has {', '.join(names)}" if names else ", whose classes have no names"),
+            hint="label the samples with class names as the adapter's config has them, or with class indices",
+        )
+    return found
+
+
+def _is_right(outputs: Mapping[str, Array], wanted: int | None) -> bool:
+    logits = outputs.get(LOGITS)
+    if logits is None or logits.ndim != 2 or len(logits) != 1:
+        raise QuantizeError(
+            "the samples have labels, but the model gives no class for a sample",
+            hint="labels are for classification; leave them out for other tasks",
+        )
+    return wanted is not None and int(logits[0].argmax()) == wanted
+
+
+def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
+    found = [part for part in parts if part is not None]
+    return np.concatenate(found) if found else None
+
+
+def _number(value: Any) -> float:
+    """Return a finite float: JSON has no infinity, and a model that gives NaN has no quality to record.
+
+    Raises:
+        QuantizeError: for NaN and infinity.
+    """
+    if not np.isfinite(value):
+        raise QuantizeError(
+            "the quantized model gives NaN or infinity", hint="use a scheme with more bits, or --quantize none"
+        )
+    return float(value)
