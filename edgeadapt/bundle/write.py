@@ -101,6 +101,11 @@ def adapter_files(
     return files, record
 
 
+def as_stored(tensors: Mapping[str, Array], dtype: str) -> dict[str, NDArray[np.float32]]:
+    """Return what a reader gets back of `tensors`, float32: what a golden is to be measured with."""
+    return {key: _stored(value, dtype).astype(np.float32) for key, value in tensors.items()}
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """Write `folder`/manifest.json, last, and return the manifest as written.
 

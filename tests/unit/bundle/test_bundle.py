@@ -9,7 +9,7 @@ import pytest
 from edgeadapt.bundle.bind import bind
 from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.bundle.onnx_adapter import read_onnx_adapter
-from edgeadapt.bundle.write import adapter_files, write_adapter, write_assets, write_manifest
+from edgeadapt.bundle.write import adapter_files, as_stored, write_adapter, write_assets, write_manifest
 from edgeadapt.errors import BundleError
 
 
@@ -22,7 +22,10 @@ def test_what_was_written_is_read(make_bundle, make_adapter, manifest, golden):
     assert bundle.file("graph/weights.bin").stat().st_size == 1100
     assert bundle.manifest.files["graph/weights.bin"].role == "weights"
     tensors = bundle.adapter_tensors("two")
-    for name, value in bind(make_adapter(seed=1), manifest).items():
+    written = bind(make_adapter(seed=1), manifest)
+    for name, value in as_stored(written, "float16").items():
+        assert tensors[name].tobytes() == value.tobytes()
+    for name, value in written.items():
         assert tensors[name].dtype == np.float32
         np.testing.assert_allclose(tensors[name], value, rtol=1e-3)
     assert bundle.golden("one").minimum_effect == golden.minimum_effect
