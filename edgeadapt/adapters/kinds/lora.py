@@ -13,7 +13,7 @@ from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter, TargetModule, T
 from edgeadapt.adapters.kinds._lora_config import check_config
 from edgeadapt.adapters.kinds._lora_resolve import resolve_lora
 from edgeadapt.adapters.kinds._lora_tensors import LORA_TERMS, factor_keys, is_training_state, split_keys
-from edgeadapt.adapters.selection import name_some, pattern_matches
+from edgeadapt.adapters.selection import pattern_matches
 from edgeadapt.errors import AdapterError
 
 TERMS = LORA_TERMS
@@ -118,10 +118,10 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "alpha": config["lora_alpha"],
         "alpha_pattern": dict(config.get("alpha_pattern") or {}),
         "scaling": "alpha / sqrt(rank)" if config.get("use_rslora") else "alpha / rank",
-        "target_modules": {"count": len(changed), "names": _names(config["target_modules"])},
+        "target_modules": {"count": len(changed), "names": sorted({path.rpartition(".")[2] for path in changed})},
         "modules_to_save": sorted(config.get("modules_to_save") or ()),
         "trained_biases": config.get("bias", "none"),
-        "merge": {"exact": True, "reason": "the change is linear in the module's input and folds into its weight"},
+        "merge": _merge(changed),
         "swap": {"possible": True, "reason": _swap_reason(dora)},
         "needs_base_weights": dora or config.get("bias", "none") != "none",
     }
@@ -137,8 +137,12 @@ def _variant(config: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _names(targets: str | list[str]) -> str:
-    return targets if isinstance(targets, str) else name_some(targets, str)
+def _merge(changed: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, Any]:
+    """Return whether the adapter folds into its base. A grouped convolution's B has fewer columns than A has rows."""
+    for module, parts in changed.items():
+        if "lora_B.weight" in parts and parts["lora_B.weight"].shape[1] != parts["lora_A.weight"].shape[0]:
+            return {"exact": False, "reason": f"module {module!r} is a grouped convolution, and LoRA mixes its groups"}
+    return {"exact": True, "reason": "the change is linear in the module's input and folds into its weight"}
 
 
 def _swap_reason(dora: bool) -> str:

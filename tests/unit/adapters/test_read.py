@@ -208,8 +208,8 @@ CONFIGS = {
     "pissa": (
         {"init_lora_weights": "pissa_niter_4"},
         (
-            "init_lora_weights is 'pissa_niter_4': PiSSA: it was trained on a base whose main singular parts were taken "
-            "out"
+            "init_lora_weights is 'pissa_niter_4': PiSSA: it was trained on a base whose main singular parts were "
+            "taken out"
         ),
         _CONVERT,
     ),

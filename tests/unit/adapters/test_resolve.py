@@ -158,6 +158,13 @@ def test_ranks_as_whole_floats(folder: Path, modules: dict[str, TargetModule]) -
     np.testing.assert_allclose(other.b, tensors[f"{Q1}.lora_B.weight"].read().T * 4, rtol=1e-6)
 
 
+def test_the_first_pattern_that_matches_counts(folder: Path, modules: dict[str, TargetModule]) -> None:
+    edit_config(folder, alpha_pattern={"q_proj": 6, Q0: 100})
+    (adapter,) = read_adapters(folder)
+    site = resolve(adapter, modules).sites[Q0]
+    np.testing.assert_allclose(site.b, adapter.tensors[f"{Q0}.lora_B.weight"].read().T * 3, rtol=1e-6)
+
+
 # The right base
 
 
@@ -480,7 +487,7 @@ def test_description(tmp_path: Path) -> None:
         "alpha": 6,
         "alpha_pattern": {},
         "scaling": "alpha / rank",
-        "target_modules": {"count": 4, "names": "query, value"},
+        "target_modules": {"count": 4, "names": ["query", "value"]},
         "modules_to_save": ["classifier", "score"],
         "trained_biases": "none",
         "merge": {
@@ -490,6 +497,14 @@ def test_description(tmp_path: Path) -> None:
         "swap": {"possible": True, "reason": "a low-rank term beside each module"},
         "needs_base_weights": False,
         "warnings": list(adapter.warnings),
+    }
+
+
+def test_a_grouped_convolution_cannot_be_merged(tmp_path: Path) -> None:
+    (adapter,) = read_adapters(save(tmp_path / "a", "conv", r=4, target_modules=["grouped"]))
+    assert describe(adapter)["merge"] == {
+        "exact": False,
+        "reason": "module 'grouped' is a grouped convolution, and LoRA mixes its groups",
     }
 
 
