@@ -27,7 +27,7 @@ def render_chat(template: str, messages: Sequence[Message], special_tokens: Mapp
         raise SessionError("chat templates need jinja2, which is not installed", hint="pip install jinja2") from error
     _check_messages(messages)
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _refuse
@@ -53,6 +53,21 @@ def _check_messages(messages: Sequence[object]) -> None:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
             raise SessionError(f"chat message {index} is {message!r}", hint=hint)
+
+
+def _generation_tag() -> Any:
+    """Return a jinja extension for {% generation %}, which marks the assistant's text in training and shows nothing."""
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags = {"generation"}  # noqa: RUF012 - as jinja declares it
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+    return Generation
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -139,8 +139,10 @@ def test_chat_without_a_template_is_refused(session):
         ([1.5], "a prompt is list\nHint: give a text, a list of token ids, or a list of chat messages"),
         (
             [1, 300],
-            ("the prompt holds the token id 300; the vocabulary has 300 tokens\n"
-            "Hint: encode the text with the bundle's own tokenizer"),
+            (
+                "the prompt holds the token id 300; the vocabulary has 300 tokens\n"
+                "Hint: encode the text with the bundle's own tokenizer"
+            ),
         ),
     ],
 )
@@ -168,8 +170,10 @@ def test_wrong_prompts_are_refused_at_once(session, prompt, message):
         ({"prefill_chunk": 0}, "prefill_chunk is 0\nHint: give a whole number of 1 or more"),
         (
             {"tokens": 5},
-            ("unknown option 'tokens'\nHint: known: chat, ignore_eos, max_new_tokens, prefill_chunk, seed, stop, "
-            "temperature, top_k, top_p"),
+            (
+                "unknown option 'tokens'\nHint: known: chat, ignore_eos, max_new_tokens, prefill_chunk, seed, stop, "
+                "temperature, top_k, top_p"
+            ),
         ),
     ],
 )
