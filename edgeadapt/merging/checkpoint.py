@@ -224,18 +224,18 @@ def _check_complete(module: Any, info: Mapping[str, Any], task: str, where: str)
     Raises:
         BaseModelError: if it lacks other weights, has them in another shape, or has layers that the config does not.
     """
-    known = {name for name, _ in module.named_parameters()}
+    known = dict(module.named_parameters())
     lacking = sorted(name for name in info["missing_keys"] if not _own_head(module, name, task))
     if lacking:
         raise BaseModelError(
             f"{where} lacks {len(lacking)} weights of a {type(module).__name__}: {_some(lacking)}",
             hint="give the base that the adapter was trained on, or the task that this model was made for",
         )
-    mismatched = [entry for entry in info["mismatched_keys"] if not _own_head(module, entry[0], task)]
+    mismatched = sorted(name for name in info["mismatched_keys"] if not _own_head(module, name, task))
     if mismatched:
-        name, found, wanted = mismatched[0]
+        wanted = f" (config.json asks for {tuple(known[mismatched[0]].shape)})" if mismatched[0] in known else ""
         raise BaseModelError(
-            f"{where}: the weight {name} has shape {tuple(found)}, but config.json asks for {tuple(wanted)}",
+            f"{where}: {len(mismatched)} weights have another shape than config.json says: {mismatched[0]}{wanted}",
             hint="config.json and the weights are of different models; download the model again",
         )
     patterns = {_pattern(name) for name in known}
@@ -245,8 +245,7 @@ def _check_complete(module: Any, info: Mapping[str, Any], task: str, where: str)
             f"{where} holds layers that config.json does not count: {_some(beyond)}",
             hint="config.json and the weights are of different models; download the model again",
         )
-    untrained = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
-    return tuple(sorted(untrained & known))
+    return tuple(sorted({*info["missing_keys"], *info["mismatched_keys"]} & known.keys()))
 
 
 def _own_head(module: Any, name: str, task: str) -> bool:
