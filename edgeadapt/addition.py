@@ -69,7 +69,7 @@ def add_adapter(
                 f"{opened.path} already has an adapter {found.name!r}", hint="choose another --name, or pass --force"
             )
         modules = target_modules(manifest) if base is None else _modules_of(base, manifest)
-        resolved = resolve(found, modules)
+        resolved = resolve(found, modules, base_name=manifest.base.name)
         tensors = bundles.bind(resolved, manifest)
         record = adapter_record(found, resolved)
     with progress.stage("record golden outputs"), open_session(opened) as session:
@@ -153,7 +153,7 @@ def record_golden(session: Session, name: str, tensors: Mapping[str, Array]) -> 
     inputs = golden_inputs(session)
     session.use(None)
     base = golden_outputs(session, inputs)
-    session.use_tensors(name, tensors)
+    session.use_tensors(name, bundles.as_stored(tensors, manifest.adapter_dtype))
     adapted = golden_outputs(session, inputs)
     session.use(None)
     tolerance = TOLERANCE.get(str(manifest.quantization.get("scheme", "none")), QUANTIZED_TOLERANCE)

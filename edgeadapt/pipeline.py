@@ -67,7 +67,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
             samples = built_in() if recipe.calibrate is None else read_calibration(recipe.calibrate)
         with progress.stage("load base"):
             base = _load_base(recipe, adapters, base, progress)
-            resolved = [resolve(adapter, base.modules) for adapter in adapters]
+            resolved = [resolve(adapter, base.modules, base_name=base.name) for adapter in adapters]
             _check_labels(samples, adapters)
             require_free_space(folder, _needed_bytes(base, recipe))
         job = _Job(recipe, base, adapters, resolved, samples)
@@ -113,7 +113,7 @@ class _Job:
     @property
     def flexible(self) -> tuple[str, ...]:
         """Replaced parameters whose class count may differ between adapters: heads that the base does not have."""
-        parameters = dict(self.base.module.named_parameters())
+        parameters = dict(self.base.module.named_parameters(remove_duplicate=False))
         return tuple(
             name
             for name in self.replaced
@@ -190,7 +190,7 @@ def _merged(job: _Job) -> _Job:
     target = base_for_merge(job.base, adapter, job.recipe.merge_base)
     record: dict[str, Any] = {"adapter": adapter.name, "base": target.quantized_from or "original"}
     if target is not job.base:
-        resolved = resolve(adapter, target.modules)
+        resolved = resolve(adapter, target.modules, base_name=target.name)
         record["nf4_error_to_change"] = summary_of_ratios(merge_error_ratio(job.base, target, resolved))
     merged = merge(target, resolved)
     cases = parity_cases(target, job.samples.texts)

@@ -36,7 +36,10 @@ def parity_cases(base: BaseModel, texts: Sequence[str]) -> list[Case]:
         ]
     if kind == "seq2seq":
         return [_seq2seq_case(base, texts, [10]), _seq2seq_case(base, texts, [9, 4, 7])]
-    return [_single_case(base, texts, lengths) for lengths in ([5], [12], [9, 4, 7])]
+    limit = _length_limit(base)
+    return [
+        _single_case(base, texts, [min(length, limit) for length in lengths]) for lengths in ([5], [12], [9, 4, 7])
+    ]
 
 
 def sample_cases(
@@ -87,7 +90,8 @@ def _array_cases(base: BaseModel, arrays: Mapping[str, NDArray[np.generic]]) -> 
 
 def _length_limit(base: BaseModel) -> int:
     generation = task_of(base).generation(base)
-    limit = generation.max_length if generation is not None else base.config.max_position_embeddings
+    text = getattr(base.config, "text_config", base.config)
+    limit = generation.max_length if generation is not None else getattr(text, "max_position_embeddings", 512)
     # RoBERTa counts its positions from padding_idx + 1.
     return max(1, int(limit) - 2)
 

@@ -146,33 +146,26 @@ def _name_axes(model: ir.Model, trace: Trace) -> None:
     """Give varying axes their field names ("batch"), and refuse a model in which a required one got fixed."""
     names: dict[str, str] = {}
     for value in model.graph.inputs:
-        dims = list(value.shape or ())
-        for axis, name in trace.axes.get(value.name or "", {}).items():
-            if isinstance(dims[axis], int):
-                if name.split("_")[0] in ("batch", "sequence", "past", "total"):
-                    raise ExportError(
-                        f"torch fixed axis {axis} ({name}) of input {value.name} at {dims[axis]}",
-                        hint="the model's code depends on this size; this architecture needs support",
-                    )
-                continue
-            names.setdefault(str(dims[axis]), name)
-    for value in model.graph.inputs:
-        _rename(value, names, trace.axes.get(value.name or "", {}))
+        axes = trace.axes.get(value.name or "", {})
+        dims = [_dim(dim) for dim in value.shape or ()]
+        for axis, name in axes.items():
+            if isinstance(dims[axis], str):
+                names.setdefault(str(dims[axis]), name)
+                dims[axis] = name
+            elif any(word in name for word in ("batch", "sequence", "past", "total")):
+                raise ExportError(
+                    f"torch fixed axis {axis} ({name}) of input {value.name} at {dims[axis]}",
+                    hint="the model's code depends on this size; this architecture needs support",
+                )
+        value.shape = ir.Shape(dims)
     for value in model.graph.outputs:
-        _rename(value, names, trace.output_axes.get(value.name or "", {}))
+        axes = trace.output_axes.get(value.name or "", {})
+        dims = [_dim(dim) for dim in value.shape or ()]
+        named = [dim if isinstance(dim, int) else names.get(dim, f"{value.name}_{axis}") for axis, dim in enumerate(dims)]
+        value.shape = ir.Shape([axes.get(axis, dim) for axis, dim in enumerate(named)])
 
 
-def _rename(value: ir.Value, names: Mapping[str, str], axes: Mapping[int, str]) -> None:
-    if value.shape is None:
-        return
-    dims: list[int | str | None] = []
-    for axis, dim in enumerate(value.shape):
-        if axis in axes and not isinstance(dim, int):
-            dims.append(axes[axis])
-        elif isinstance(dim, int):
-            dims.append(dim)
-        else:
-            dims.append(names.get(str(dim), f"{value.name}_{axis}"))
-    for axis, name in axes.items():
-        dims[axis] = name if not isinstance(value.shape[axis], int) or value.is_graph_output() else dims[axis]
-    value.shape = ir.Shape(dims)
+def _dim(dim: object) -> int | str:
+    """Return a size, or the name of a size that varies; torch writes sizes that it fixed as names like "32"."""
+    text = str(dim)
+    return int(text) if text.isdigit() else text

@@ -253,7 +253,7 @@ class _Lowering:
             inputs["b"] = self._input(
                 f"{site}.lora_B",
                 np.zeros([0 if d is None else d for d in b], np.float32),
-                [d or (rank if module.groups == 1 else f"{site}.rank_per_group") for d in b],
+                [d or rank for d in b],
             )
         return inputs["a"], inputs["b"]
 
@@ -299,11 +299,11 @@ def _low_rank(
         narrow = _append(nodes, "Gather", [a, x], axis=0)
         _append(nodes, "MatMul", [narrow, b])
     elif conv is not None:
-        # peft: A takes the base's stride and padding, never its dilation or groups; B is 1x1 with the base's groups.
+        # peft: A takes the base's stride and padding, never its dilation or groups; a grouped B comes here as dense.
         same = [attribute for name, attribute in conv.attributes.items() if name in ("pads", "strides")]
         narrow_node = ir.Node("", "Conv", [conv.inputs[0], a], attributes=same)
         nodes.append(narrow_node)
-        _append(nodes, "Conv", [narrow_node.outputs[0], b], group=module.groups)
+        _append(nodes, "Conv", [narrow_node.outputs[0], b])
     else:
         narrow = _append(nodes, "MatMul", [x, a])
         _append(nodes, "MatMul", [narrow, b])
