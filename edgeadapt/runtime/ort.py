@@ -252,7 +252,7 @@ def _cuda_error(*, started: bool | None) -> SessionError:
     if not gpu_is_visible():
         return SessionError(
             "provider 'cuda' needs an NVIDIA GPU, and none can be seen (no /dev/nvidia*, no nvidia-smi)",
-            hint="run with provider 'cpu', or on a machine with a GPU and its driver",
+            hint="choose 'cpu', or a machine with a GPU and its driver",
         )
     if started is None:
         return SessionError(

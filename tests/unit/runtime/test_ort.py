@@ -131,7 +131,7 @@ def test_cuda_without_a_gpu(decoder, monkeypatch):
         open_session(decoder[0], provider="cuda")
     assert str(caught.value) == (
         "provider 'cuda' needs an NVIDIA GPU, and none can be seen (no /dev/nvidia*, no nvidia-smi)\n"
-        "Hint: run with provider 'cpu', or on a machine with a GPU and its driver"
+        "Hint: choose 'cpu', or a machine with a GPU and its driver"
     )
 
 

@@ -210,11 +210,11 @@ def _encoder(weights: dict[str, Array], *, slots: bool, file: Path, offsets: dic
     h = g.op("Tanh", [g.linear(h, "enc")], "encoder_last_hidden_state")
     g.op("Unsqueeze", [h, "axis1"], "cross.0.key")
     g.op("Identity", ["cross.0.key"], "cross.0.value")
-    inputs = [helper.make_tensor_value_info(n, tiny.INT, ["batch", "enc"]) for n in ("input_ids", "attention_mask")]
+    inputs = [helper.make_tensor_value_info(n, tiny.INT, ["batch", "enc_seq"]) for n in ("input_ids", "attention_mask")]
     g.op("Cast", ["attention_mask"], "unused", to=onnx.TensorProto.FLOAT)
     outputs = [
-        helper.make_tensor_value_info("encoder_last_hidden_state", tiny.F, ["batch", "enc", 8]),
-        *[helper.make_tensor_value_info(f"cross.0.{k}", tiny.F, ["batch", 1, "enc", 8]) for k in ("key", "value")],
+        helper.make_tensor_value_info("encoder_last_hidden_state", tiny.F, ["batch", "enc_seq", 8]),
+        *[helper.make_tensor_value_info(f"cross.0.{k}", tiny.F, ["batch", 1, "enc_seq", 8]) for k in ("key", "value")],
     ]
     return g.model(inputs, outputs, file, offsets)
 
@@ -245,8 +245,8 @@ def _seq_decoder(weights: dict[str, Array], *, slots: bool, file: Path, offsets:
     kv = ["batch", 1, "past", 8]
     inputs = [
         helper.make_tensor_value_info("decoder_input_ids", tiny.INT, ["batch", "seq"]),
-        helper.make_tensor_value_info("encoder_attention_mask", tiny.INT, ["batch", "enc"]),
-        *[helper.make_tensor_value_info(f"cross.0.{k}", tiny.F, ["batch", 1, "enc", 8]) for k in ("key", "value")],
+        helper.make_tensor_value_info("encoder_attention_mask", tiny.INT, ["batch", "enc_seq"]),
+        *[helper.make_tensor_value_info(f"cross.0.{k}", tiny.F, ["batch", 1, "enc_seq", 8]) for k in ("key", "value")],
         *[helper.make_tensor_value_info(f"past_key_values.0.{k}", tiny.F, kv) for k in ("key", "value")],
     ]
     outputs = [

@@ -1,0 +1,139 @@
+"""What is run while measuring: prompts of random tokens, or one input of a single-pass model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.errors import ProfileError
+from edgeadapt.runtime import Cache, Session
+from edgeadapt.runtime.ort import TensorInfo
+from edgeadapt.runtime.tokenizer import read_json_asset
+
+Array = NDArray[Any]
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """How much is run. Speed does not depend on which tokens are read, so they are random.
+
+    prompt_tokens: tokens read before the first new one (single pass: the length of a text)
+    new_tokens: tokens written after it; repeats: how often; batch_size: rows at once
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    batch_size: int = 1
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A decoder at work. `start()` reads the prompt and gives the cache with the first token's logits."""
+
+    start: Callable[[], tuple[Cache, Array]]
+    step: Callable[[Cache, Array], Array]
+
+
+def writer(session: Session, workload: Workload) -> Writer:
+    """Return the work of a decoder for `workload`.
+
+    Raises:
+        ProfileError: if the prompt and the new tokens do not fit the model.
+    """
+    spec = session.require_decoder()
+    rng = np.random.default_rng(_SEED)
+    read = len(spec.decoder_start_token_ids) if session.has_encoder else workload.prompt_tokens
+    total = read + workload.new_tokens
+    if total > spec.max_length:
+        raise ProfileError(
+            f"{read} tokens and {workload.new_tokens} new ones do not fit: this model holds {spec.max_length} tokens",
+            hint="choose a shorter prompt or fewer new tokens",
+        )
+    if session.has_encoder:
+        inputs = example_inputs(session, "encoder", workload)
+        first = np.asarray([spec.decoder_start_token_ids] * workload.batch_size)
+    else:
+        inputs = {}
+        first = rng.integers(0, spec.vocab_size, (workload.batch_size, workload.prompt_tokens))
+
+    def start() -> tuple[Cache, Array]:
+        if session.has_encoder:
+            cache = session.encode(inputs, max_length=total)
+        else:
+            cache = session.new_cache(workload.batch_size, total)
+        return cache, session.step(first, cache, logits="last")
+
+    def step(cache: Cache, logits: Array) -> Array:
+        return session.step(logits.argmax(axis=-1), cache, logits="last")
+
+    return Writer(start, step)
+
+
+def example_inputs(session: Session, role: str, workload: Workload) -> dict[str, Array]:
+    """Return an input of the right shape for a graph.
+
+    Raises:
+        ProfileError: if the length of an axis cannot be known.
+    """
+    expected = session.inputs(role)
+    sizes = _sizes(session, workload)
+    unknown = [axis for info in expected.values() for axis in info.shape if _length(axis, sizes) is None]
+    if unknown:
+        return _from_golden(session, expected, unknown[0])
+    rng = np.random.default_rng(_SEED)
+    return {name: _fill(name, info, sizes, rng, session) for name, info in expected.items()}
+
+
+def _sizes(session: Session, workload: Workload) -> dict[str, int]:
+    """Return lengths for axes by a part of their name."""
+    sizes = {"batch": workload.batch_size, "seq": workload.prompt_tokens, "channel": 3}
+    picture = read_json_asset(session.bundle, "preprocessor_config.json")
+    config = read_json_asset(session.bundle, "config.json")
+    size = (picture.get("crop_size") if picture.get("do_center_crop") else None) or picture.get("size")
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
+    if not isinstance(size, Mapping) and isinstance(config.get("image_size"), int):
+        size = {"height": config["image_size"], "width": config["image_size"]}
+    if isinstance(size, Mapping):
+        sizes |= {name: int(size[name]) for name in ("height", "width") if isinstance(size.get(name), int)}
+    if "tokenizer.json" in session.bundle.asset_names and session.text.max_length is not None:
+        sizes["seq"] = min(sizes["seq"], session.text.max_length)
+    return sizes
+
+
+def _length(axis: int | str | None, sizes: Mapping[str, int]) -> int | None:
+    if isinstance(axis, int):
+        return axis
+    return next((value for part, value in sizes.items() if axis is not None and part in axis), None)
+
+
+def _fill(name: str, info: TensorInfo, sizes: Mapping[str, int], rng: np.random.Generator, session: Session) -> Array:
+    shape = [_length(axis, sizes) or 1 for axis in info.shape]
+    if info.dtype.kind == "f":
+        return rng.normal(size=shape).astype(info.dtype)
+    if "mask" in name:
+        return np.ones(shape, info.dtype)
+    if "input_ids" in name:
+        vocabulary = read_json_asset(session.bundle, "config.json").get("vocab_size", 100)
+        # the lowest ids are special tokens, of which some models allow only one
+        return rng.integers(min(10, vocabulary - 1), vocabulary, shape).astype(info.dtype)
+    return np.zeros(shape, info.dtype)
+
+
+def _from_golden(session: Session, expected: Mapping[str, TensorInfo], axis: int | str | None) -> dict[str, Array]:
+    for adapter in session.adapters:
+        inputs = session.bundle.golden(adapter).inputs
+        if set(expected) <= set(inputs):
+            return {name: np.asarray(inputs[name]) for name in expected}
+    raise ProfileError(
+        f"the length of axis {axis!r} of the model's input is not known, and no golden says it",
+        hint="add an adapter (its golden holds an input), or export with axes named batch, seq, height, width",
+    )
