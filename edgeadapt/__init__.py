@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from edgeadapt.merging.load import base_from_module as base_from_module
     from edgeadapt.merging.load import load_base_model as load_base_model
     from edgeadapt.pipeline import export_bundle as export_bundle
-    from edgeadapt.profiling import profile as profile
+    from edgeadapt.profiling.profile import profile as profile
     from edgeadapt.recipe import Recipe as Recipe
     from edgeadapt.recipe import read_recipe as read_recipe
     from edgeadapt.runtime import open_session as open_session
@@ -43,7 +43,7 @@ _HOMES = {
     "load_base_model": "edgeadapt.merging.load",
     "open_bundle": "edgeadapt.bundle",
     "open_session": "edgeadapt.runtime",
-    "profile": "edgeadapt.profiling",
+    "profile": "edgeadapt.profiling.profile",
     "read_adapters": "edgeadapt.adapters",
     "read_device": "edgeadapt.device",
     "read_recipe": "edgeadapt.recipe",

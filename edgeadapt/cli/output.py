@@ -68,18 +68,23 @@ def fields(title: str, values: Mapping[str, Any]) -> None:
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows to stderr under the union of their keys, in order of appearance; nothing if there are none."""
+    """Write rows to stderr under the union of their keys; a key without any value is left out, as are no rows."""
     if not rows:
         return
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row if any(r.get(key) is not None for r in rows)))
     view = Table(title=Text(title, style="bold"), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         numeric = any(isinstance(row.get(column), int | float) for row in rows)
-        view.add_column(Text(column.replace("_", " ")), justify="right" if numeric else "left", overflow="fold")
+        view.add_column(
+            Text(column.replace("_", " ")),
+            justify="right" if numeric else "left",
+            overflow="fold",
+            no_wrap=column == columns[0],
+        )
     for row in rows:
         view.add_row(*(Text(cell(row.get(column))) for column in columns))
     console().print(view)

@@ -11,6 +11,7 @@ from edgeadapt.cli import output as out
 from edgeadapt.cli.arrays import read_arrays, write_arrays
 from edgeadapt.cli.options import BundlePath, Json, Quiet, Threads, read_blend
 from edgeadapt.cli.progress import reporter
+from edgeadapt.errors import SessionError
 
 if TYPE_CHECKING:
     from edgeadapt.runtime import Session
@@ -84,6 +85,7 @@ def run(
         session.use(wanted)
         session.prepare()
     with session:
+        _check_task(session, prompt=prompt, judges=bool(text or image) and output is None)
         if prompt is not None:
             _write_text(session, prompt, options, as_json=json)
         elif inputs is not None:
@@ -155,6 +157,18 @@ def _run_arrays(
         return
     for name, value in shapes.items():
         out.result(f"{name}  {value['dtype']}{value['shape']}")
+
+
+def _check_task(session: Session, *, prompt: str | None, judges: bool) -> None:
+    """Refuse an input that this model cannot answer, in the words of the command line."""
+    writes = session.spec is not None
+    task = session.bundle.manifest.task
+    if prompt is not None and not writes:
+        raise SessionError(
+            f"this bundle does not write text: its task is {task!r}", hint="give --text, --image or --inputs"
+        )
+    if judges and writes:
+        raise SessionError(f"this bundle writes text: its task is {task!r}", hint="give --prompt or --inputs")
 
 
 def _given(**values: Any) -> dict[str, Any]:

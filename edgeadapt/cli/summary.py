@@ -47,24 +47,27 @@ def show_bundle(bundle: Any, *, as_json: bool, quiet: bool) -> None:
 
 
 def _show_tables(path: str, summary: dict[str, Any]) -> None:
-    megabytes = {f"{role}_MB": size / 1e6 for role, size in summary["bytes"].items()}
+    quantization, parity = summary["quantization"], summary["parity"]
     output.fields(
         path,
         {
-            "name": summary["name"],
             "task": summary["task"],
             "base": summary["base"]["name"],
             "merged": summary["merged"],
             "slots": summary["slots"],
-            "quantization": {key: _short(value) for key, value in summary["quantization"].items()},
-            "parity": {key: _short(value) for key, value in summary["parity"].items()},
-            "size": megabytes,
+            "weights": {key: value for key, value in quantization.items() if not isinstance(value, list | dict)},
+            "against torch, unquantized": {key: value for key, value in parity.items() if not isinstance(value, list)},
+            "size in MB": {role: size / 1e6 for role, size in summary["bytes"].items()},
         },
     )
-    output.table("Adapters", [{"name": name, **record} for name, record in summary["adapters"].items()])
-    output.table("Quality against float32", summary["quality"])
+    adapters = [
+        {"adapter": name, **record, "labels": len(record["labels"]) or None}
+        for name, record in summary["adapters"].items()
+    ]
+    output.table("Adapters", adapters)
+    rows = [{**_LEADING, **row, "adapter": row.get("adapter") or "(base)"} for row in summary["quality"]]
+    output.table("Quality: quantized, against torch in float32", rows)
 
 
-def _short(value: Any) -> Any:
-    """Return how many entries a long list or table has, and anything else as it is."""
-    return f"{len(value)} entries" if isinstance(value, dict | list) and len(value) > 8 else value
+# The columns that people look at first.
+_LEADING: dict[str, Any] = dict.fromkeys(("adapter", "scheme", "mean_kl", "max_kl", "top1"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +24,10 @@ class _Session:
 
     has_encoder = False
 
-    def __init__(self, calls: list[tuple]) -> None:
+    def __init__(self, calls: list[tuple], task: str) -> None:
         self.calls, self.adapter = calls, None
+        self.spec = object() if task == "text-generation" else None
+        self.bundle = SimpleNamespace(manifest=SimpleNamespace(task=task))
 
     def __enter__(self):
         return self
@@ -57,7 +60,7 @@ def calls(replace) -> list[tuple]:
 
     def open_session(path, *, threads, provider):
         found.append(("open", path, threads, provider))
-        return _Session(found)
+        return _Session(found, "text-generation" if path.suffix == ".writer" else "text-classification")
 
     def answer(session, *, texts, images, labels):
         found.append(("answer", texts, images, labels))
@@ -68,15 +71,15 @@ def calls(replace) -> list[tuple]:
 
 
 def test_text_streams_to_stdout(invoke, calls):
-    result = invoke("run", "my bundle", "--prompt", "Hi", "--adapter", "a", "--threads", 2)
+    result = invoke("run", "my bundle.writer", "--prompt", "Hi", "--adapter", "a", "--threads", 2)
     assert result.stdout == "Hello [b]\n"
     assert result.stderr.endswith("open bundle\n")
-    assert calls == [("open", Path("my bundle"), 2, "cpu"), ("generate", "Hi", {}), ("close",)]
+    assert calls == [("open", Path("my bundle.writer"), 2, "cpu"), ("generate", "Hi", {}), ("close",)]
 
 
 def test_json_holds_the_new_text_and_its_tokens(invoke, calls):
     result = invoke(
-        "run", "b", "--prompt", "Hi", "--blend", "a=0.7,b=0.3", "--max-new-tokens", 9, "--temperature", 0.5,
+        "run", "b.writer", "--prompt", "Hi", "--blend", "a=0.7,b=0.3", "--max-new-tokens", 9, "--temperature", 0.5,
         "--top-k", 4, "--top-p", 0.9, "--seed", 3, "--stop", "x", "--stop", "y", "--raw", "--json", "--quiet",
     )  # fmt: skip
     assert json.loads(result.stdout) == {
@@ -153,6 +156,28 @@ def test_python_objects_are_not_loaded(invoke, calls, tmp_path):
     result = invoke("run", "b", "--inputs", source, "--quiet")
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {source} is no .npz file of plain arrays: Object arrays cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["b", "--prompt", "p"],
+            (
+                "error: this bundle does not write text: its task is 'text-classification'\n"
+                "hint: give --text, --image or --inputs\n"
+            ),
+        ),
+        (
+            ["b.writer", "--text", "t"],
+            "error: this bundle writes text: its task is 'text-generation'\nhint: give --prompt or --inputs\n",
+        ),
+    ],
+)
+def test_an_input_that_the_model_cannot_answer_is_refused(invoke, calls, args, message):
+    result = invoke("run", *args, "--quiet")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
+    assert calls[-1] == ("close",)
 
 
 @pytest.mark.parametrize(
