@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from edgeadapt.merging.tasks import LABELLED, OWN_HEAD, model_class
 
 _WEIGHT_FILES = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+_LOADING_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, EOFError, pickle.UnpicklingError,
 )  # fmt: skip
 _NAMES_SHOWN = 5
 
@@ -83,12 +87,17 @@ def load_model(
                 output_loading_info=True,
                 **source,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except ImportError as error:
+        raise BaseModelError(
+            f"{where} cannot be loaded as {cls.__name__}: {_first_line(error)}", hint="install what it names"
+        ) from error
+    except (*_LOADING_ERRORS, SafetensorError) as error:
         raise BaseModelError(
             f"{where} cannot be loaded as {cls.__name__}: {_first_line(error)}",
             hint="download or save the model again; a file is damaged or missing",
         ) from error
     untrained = _check_complete(module, info, task, where)
+    module.config.architectures = [cls.__name__]  # as save_pretrained does; the folder may be of another head
     return Checkpoint(frozen(module, untrained, where), task, untrained, quantized_from)
 
 

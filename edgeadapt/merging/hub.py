@@ -60,7 +60,9 @@ def hub_folder(name: str, revision: str | None) -> tuple[Path, str]:
 
 
 def _weights(files: list[str]) -> str:
-    return "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "pytorch_model*.bin"
+    """Return the pattern of the weights that transformers reads; a repository may hold them several times over."""
+    found = any(file.startswith("model") and file.endswith(".safetensors") for file in files)
+    return "model*.safetensors" if found else "pytorch_model*.bin"
 
 
 def _cached(name: str, revision: str | None, reason: Exception) -> tuple[Path, str]:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 from edgeadapt.errors import AdapterError, BaseModelError
 from edgeadapt.merging import base_from_module, load_base_model, stamp_base
 from edgeadapt.merging.fingerprint import module_digest
+from edgeadapt.merging.hub import hub_folder
 from edgeadapt.merging.modules import module_type
 
 from .conftest import BERT, LLAMA, VOCAB, ConvNet
@@ -158,6 +159,9 @@ def test_a_fresh_head_is_zero_and_named(folder_of):
     assert base.modules["classifier"].weight_shape == (4, 32)
     assert not base.modules["classifier"].weight().any()
     assert base.config.num_labels == 4
+    config = json.loads(base.assets["config.json"])
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert list(config["id2label"].values()) == ["LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3"]
     whole = load_base_model(folder_of("bert"))
     assert base.modules["bert.pooler.dense"].digest == whole.modules["pooler.dense"].digest
 
@@ -252,8 +256,8 @@ def test_missing_things(tmp_path, copy_of):
 
 def test_damaged_folders(copy_of):
     folder = copy_of("llama")
-    config, weights = (folder / "config.json").read_text(), load_file(folder / "model.safetensors")
-    raw = (folder / "model.safetensors").read_bytes()
+    config, raw = (folder / "config.json").read_text(), (folder / "model.safetensors").read_bytes()
+    weights = load(raw)
 
     (folder / "config.json").write_text(config[:40])
     assert error_of(folder).startswith("SOURCE/config.json: not valid JSON: ")
@@ -304,6 +308,80 @@ def test_a_causal_model_without_its_head_is_refused(tmp_path):
         "SOURCE lacks 1 weights of a LlamaForCausalLM: lm_head.weight\n"
         "Hint: give the base that the adapter was trained on, or the task that this model was made for"
     )
+
+
+def test_old_bin_weights_are_read_but_never_run(copy_of, tmp_path):
+    folder = copy_of("llama")
+    weights = load((folder / "model.safetensors").read_bytes())
+    want = load_base_model(folder).modules
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    assert load_base_model(folder).modules == want
+
+    trace = tmp_path / "ran"
+
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(trace), "w"))
+
+    torch.save({**weights, "extra": Attack()}, folder / "pytorch_model.bin")
+    assert error_of(folder).startswith("SOURCE cannot be loaded as LlamaForCausalLM: ")
+    assert not trace.exists()
+
+
+REPOSITORY = [
+    ".gitattributes", "README.md", "config.json", "tokenizer.json", "chat_template.jinja", "vocab.txt",
+    "1_Pooling/config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json", "consolidated.safetensors", "pytorch_model.bin", "onnx/model.onnx",
+    "onnx/config.json", "original/params.json", "adapter_config.json", "tf_model.h5",
+]  # fmt: skip
+
+
+def hub_with(monkeypatch, files, seen, error=None):
+    from types import SimpleNamespace
+
+    from huggingface_hub.utils import filter_repo_objects
+
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns, **_):
+        if error is not None:
+            raise error
+        seen.extend(filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return f"/cache/{revision}"
+
+    info = SimpleNamespace(sha="c0ffee", siblings=[SimpleNamespace(rfilename=file) for file in files])
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: info)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+
+
+def test_which_files_of_a_repository_are_fetched(monkeypatch):
+    seen: list[str] = []
+    hub_with(monkeypatch, REPOSITORY, seen)
+    assert hub_folder("acme/model", "main") == (Path("/cache/c0ffee"), "c0ffee")
+    assert seen == [
+        "config.json", "tokenizer.json", "chat_template.jinja", "vocab.txt", "1_Pooling/config.json",
+        "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json",
+    ]  # fmt: skip
+    seen.clear()
+    hub_with(monkeypatch, ["config.json", "pytorch_model.bin", "model.onnx"], seen)
+    hub_folder("acme/model", None)
+    assert seen == ["config.json", "pytorch_model.bin"]
+
+
+def test_what_the_hub_refuses(monkeypatch):
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from requests import Response
+
+    messages = {
+        GatedRepoError: "the hub gives the model 'SOURCE' only to people who accepted its terms\n"
+        "Hint: accept them at https://huggingface.co/SOURCE and run `hf auth login`",
+        RevisionNotFoundError: "the hub's model 'SOURCE' has no revision 'v9'\n"
+        "Hint: give a branch, tag or full commit hash",
+        RepositoryNotFoundError: "the hub knows no model 'SOURCE', and there is no such folder or file here\n"
+        "Hint: check the spelling; for a private model run `hf auth login` first",
+    }
+    for error, message in messages.items():
+        hub_with(monkeypatch, ["model.safetensors"], [], error("no", response=Response()))
+        assert error_of("acme/model", revision="v9") == message
 
 
 @pytest.fixture

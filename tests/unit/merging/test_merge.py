@@ -11,6 +11,7 @@ from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
 from edgeadapt.errors import MergeError
 from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.merging.fingerprint import module_digest
+from edgeadapt.merging.load import base_from_module
 from edgeadapt.merging.merge import check_merge, merge
 from edgeadapt.merging.modules import target_modules
 from edgeadapt.merging.reference import model_outputs, reference_outputs
@@ -118,6 +119,38 @@ def test_a_tied_weight_is_untied_for_good(name, target, base_of, adapt):
         assert b'"tie_word_embeddings": false' in merged.assets["config.json"]
 
 
+class Twice(torch.nn.Module):
+    """One module called twice; with `alias`, by two names."""
+
+    def __init__(self, *, alias: bool) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(8, 8)
+        self.second = self.first if alias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.second or self.first)(torch.tanh(self.first(x)))
+
+
+@pytest.mark.parametrize("alias", [False, True])
+def test_a_module_that_is_used_twice_is_changed_once(alias, adapt):
+    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    base = base_from_module(Twice(alias=alias), name="twice", example_inputs={"x": x}, dynamic_axes={})
+    assert list(base.modules) == ["first"]
+    adapter = adapt(base, target_modules=["first"], r=2)
+    resolved = resolve(adapter, base.modules)
+    merged = merge(base, resolved)
+    update = resolved.sites["first"]
+    want = base.module.first.weight.numpy() + (update.a @ update.b).T
+    np.testing.assert_allclose(merged.module.first.weight.numpy(), want, rtol=0, atol=1e-6)
+    if alias:  # peft wraps the first name only, so its forward differs from that of the one merged module
+        assert merged.module.second is merged.module.first
+        with pytest.raises(MergeError, match="did not reproduce its unmerged outputs"):
+            check_merge(base, adapter, merged, [{"x": x}], TOLERANCE)
+    else:
+        check_merge(base, adapter, merged, [{"x": x}], TOLERANCE)
+
+
 def test_a_new_bias_and_a_gain_are_folded(base_of):
     base = base_of("llama")
     path = "model.layers.1.self_attn.o_proj"
@@ -159,8 +192,6 @@ def test_the_sum_is_rounded_once():
     """W + AB is the float32 nearest to the exact value, not a float32 sum of a float32 product."""
     linear = torch.nn.Linear(3, 2, bias=False)
     linear.weight.data = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    from edgeadapt.merging.load import base_from_module
-
     base = base_from_module(
         torch.nn.Sequential(linear), name="one", example_inputs={"input": torch.ones(1, 3)}, dynamic_axes={}
     )
@@ -241,8 +272,6 @@ def test_refusals(base_of):
 
 def test_a_gemma_norm_takes_no_gain():
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-
-    from edgeadapt.merging.load import base_from_module
 
     base = base_from_module(
         torch.nn.Sequential(GemmaRMSNorm(8)), name="g", example_inputs={"input": torch.ones(1, 8)}, dynamic_axes={}

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from edgeadapt.adapters import resolve
 from edgeadapt.errors import BaseModelError, MergeError
@@ -88,7 +88,7 @@ def nf4_folder(folder_of, tmp_path):
     """Return a llama folder whose projections are NF4 as transformers saves it."""
     folder = tmp_path / "llama-bnb-4bit"
     shutil.copytree(folder_of("llama"), folder)
-    state = load_file(folder / "model.safetensors")
+    state = load((folder / "model.safetensors").read_bytes())
     result: dict[str, torch.Tensor] = {}
     for key, value in state.items():
         result |= packed(key, value) if "_proj" in key else {key: value}
@@ -155,7 +155,7 @@ def error_of(folder):
 
 
 def test_damaged_and_foreign_quantization(nf4_folder):
-    state = load_file(nf4_folder / "model.safetensors")
+    state = load((nf4_folder / "model.safetensors").read_bytes())
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({k: v for k, v in state.items() if k != f"{name}.absmax"}, nf4_folder / "model.safetensors")
     assert error_of(nf4_folder) == (
