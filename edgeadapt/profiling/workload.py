@@ -92,7 +92,10 @@ def example_inputs(session: Session, role: str, workload: Workload) -> dict[str,
 
 def _sizes(session: Session, workload: Workload) -> dict[str, int]:
     """Return lengths for axes by a part of their name."""
-    sizes = {"batch": workload.batch_size, "seq": workload.prompt_tokens, "channel": 3}
+    tokens = workload.prompt_tokens
+    if "tokenizer.json" in session.bundle.asset_names and session.text.max_length is not None:
+        tokens = min(tokens, session.text.max_length)
+    sizes = {"batch": workload.batch_size, "seq": tokens, "length": tokens, "channel": 3}
     picture = read_json_asset(session.bundle, "preprocessor_config.json")
     config = read_json_asset(session.bundle, "config.json")
     size = (picture.get("crop_size") if picture.get("do_center_crop") else None) or picture.get("size")
@@ -104,8 +107,6 @@ def _sizes(session: Session, workload: Workload) -> dict[str, int]:
         size = {"height": config["image_size"], "width": config["image_size"]}
     if isinstance(size, Mapping):
         sizes |= {name: int(size[name]) for name in ("height", "width") if isinstance(size.get(name), int)}
-    if "tokenizer.json" in session.bundle.asset_names and session.text.max_length is not None:
-        sizes["seq"] = min(sizes["seq"], session.text.max_length)
     return sizes
 
 

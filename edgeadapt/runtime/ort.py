@@ -17,7 +17,7 @@ import contextlib
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(bool)": np.bool_,
 }
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-_FAILURES: tuple[type[BaseException], ...] = (
+_FAILURES: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     *(item for item in vars(ort_state).values() if isinstance(item, type) and issubclass(item, Exception)),
@@ -84,13 +84,15 @@ class Tensor:
     """
 
     def __init__(self, array: Array, device: str = "cpu") -> None:
-        owned = np.ascontiguousarray(array).reshape(np.shape(array))  # ascontiguousarray makes a scalar one-dimensional
+        owned = array if array.flags.c_contiguous else np.ascontiguousarray(array)
         self.device = device
         self.shape: tuple[int, ...] = owned.shape
         self.dtype: np.dtype[Any] = owned.dtype
         self._array: Array | None = owned if device == "cpu" else None
-        with _translated(f"an array {owned.dtype.name}{list(owned.shape)} could not be placed on {device!r}"):
+        try:
             self._value: Any = ort.OrtValue.ortvalue_from_numpy(owned, device, 0)
+        except _FAILURES as error:
+            raise _failed(f"an array {owned.dtype.name}{list(owned.shape)} cannot be on {device!r}", error) from error
 
     def row(self, index: int) -> Row:
         """Return a view of row `index` with a first axis of 1; it shares memory with this tensor and keeps it alive."""
@@ -141,6 +143,7 @@ class Binding:
         self._io = graph.new_io_binding()
         self._inputs: dict[str, Tensor | Row] = {}
         self._outputs: dict[str, Tensor | Row | None] = {}
+        self._shared: Mapping[str, Tensor | Row] | None = None
         for name, tensor in base.items():
             self.set_input(name, tensor)
 
@@ -148,19 +151,35 @@ class Binding:
         """Bind `tensor` to input `name` until it is replaced."""
         if self._inputs.get(name) is tensor:
             return
-        with _translated(
-            f"input {name!r} of {self.graph.name} refused a tensor {tensor.dtype.name}{list(tensor.shape)}"
-        ):
+        try:
             tensor.bind_input(self._io, name)
+        except _FAILURES as error:
+            what = f"input {name!r} of {self.graph.name} refused {tensor.dtype.name}{list(tensor.shape)}"
+            raise _failed(what, error) from error
         self._inputs[name] = tensor
 
     def set_output(self, name: str, tensor: Tensor | Row) -> None:
         """Have output `name` written into `tensor` until it is replaced."""
         if self._outputs.get(name) is tensor:
             return
-        with _translated(f"output {name!r} of {self.graph.name} refused a tensor {list(tensor.shape)}"):
+        try:
             tensor.bind_output(self._io, name)
+        except _FAILURES as error:
+            what = f"output {name!r} of {self.graph.name} refused {tensor.dtype.name}{list(tensor.shape)}"
+            raise _failed(what, error) from error
         self._outputs[name] = tensor
+
+    def share(self, group: Mapping[str, Tensor | Row], past: str, present: str) -> None:
+        """Bind each tensor of `group` as input `past` + name and as output `present` + name at once.
+
+        The same mapping again costs nothing, however many tensors it holds.
+        """
+        if self._shared is group:
+            return
+        for name, tensor in group.items():
+            self.set_input(past + name, tensor)
+            self.set_output(present + name, tensor)
+        self._shared = group
 
     def allocate_output(self, name: str) -> None:
         """Have ONNX Runtime allocate output `name` in each run; `run` returns it."""
@@ -169,14 +188,16 @@ class Binding:
 
     def run(self) -> dict[str, Array]:
         """Run the graph once and return the allocated outputs, each in memory of its own."""
-        allocated = [name for name, tensor in self._outputs.items() if tensor is None]
-        with _translated(f"{self.graph.name} failed to run"):
-            for name in allocated:
+        # ONNX Runtime keeps outputs in the order in which their names were first bound, as this dict does
+        allocated = [(place, name) for place, (name, tensor) in enumerate(self._outputs.items()) if tensor is None]
+        try:
+            for _, name in allocated:
                 self._io.bind_output(name, "cpu", 0)
             self.graph.run_bound(self._io)
-            # ONNX Runtime returns outputs in the order in which their names were first bound, as this dict keeps them
-            values = dict(zip(self._outputs, self._io.get_outputs(), strict=True))
-            return {name: np.asarray(values[name].numpy()) for name in allocated}
+            values = self._io.get_outputs_as_ortvaluevector()
+            return {name: np.asarray(values[place].numpy()) for place, name in allocated}
+        except _FAILURES as error:
+            raise _failed(f"{self.graph.name} failed to run", error) from error
 
 
 class OrtGraph:
@@ -193,8 +214,11 @@ class OrtGraph:
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
         wanted = [_PROVIDERS[provider]] if provider == "cpu" else [_PROVIDERS[provider], _PROVIDERS["cpu"]]
-        with _translated(f"{path} could not be opened", hint="check the bundle with `edgeadapt verify`"):
+        try:
             self._session: Any = ort.InferenceSession(str(path), options, providers=wanted)
+        except _FAILURES as error:
+            hint = "check the bundle with `edgeadapt verify`"
+            raise _failed(f"{path} could not be opened", error, hint) from error
         if _PROVIDERS[provider] not in self._session.get_providers():
             raise _cuda_error(started=False)
         self.inputs = _infos(self._session.get_inputs())
@@ -285,14 +309,8 @@ def _infos(nodes: list[Any]) -> dict[str, TensorInfo]:
     return found
 
 
-@contextlib.contextmanager
-def _translated(
-    what: str, hint: str = "check names, shapes and the bundle's files with `edgeadapt verify`"
-) -> Iterator[None]:
-    """Turn whatever ONNX Runtime raises into a SessionError that begins with `what`."""
-    try:
-        yield
-    except SessionError:
-        raise
-    except _FAILURES as error:
-        raise SessionError(f"{what}: {str(error).strip()}", hint=hint) from error
+def _failed(
+    what: str, error: BaseException, hint: str = "check names, shapes and the bundle's files with `edgeadapt verify`"
+) -> SessionError:
+    """Return what ONNX Runtime raised as an error that begins with `what`."""
+    return SessionError(f"{what}: {str(error).strip()}", hint=hint)

@@ -131,9 +131,7 @@ def _run_shared(binding: Binding, buffers: Any, ids: Array, past: Array, first_k
     binding.set_input("input_ids", Tensor(ids))
     binding.set_input("attention_mask", Tensor(mask))
     trimmed = _keep_from(binding, first_kept)
-    for name, buffer in buffers.items():
-        binding.set_input(f"past_key_values.{name}", buffer)
-        binding.set_output(f"present.{name}", buffer)
+    binding.share(buffers, "past_key_values.", "present.")
     binding.allocate_output("logits")
     found = binding.run()["logits"]
     return found if trimmed else found[:, first_kept:]

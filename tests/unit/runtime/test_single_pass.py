@@ -251,3 +251,43 @@ def test_a_broken_tokenizer_says_so(tmp_path):
     with open_session(path, threads=1) as session, pytest.raises(SessionError, match="could not be read") as caught:
         answer(session, texts=["x"])
     assert caught.value.hint == "check the bundle with `edgeadapt verify`"
+
+
+def _pictures():
+    rng = np.random.default_rng(3)
+    return [rng.integers(0, 256, (8, 8, 3)).astype(np.uint8) for _ in range(2)]
+
+
+def test_pictures_are_classified(tmp_path):
+    weights = tiny_bundles.write_pictures(tmp_path / "pictures.bundle", zero_shot=False)
+    with open_session(tmp_path / "pictures.bundle", threads=1) as session:
+        found = answer(session, images=_pictures())
+    for picture, one in zip(_pictures(), found, strict=True):
+        scores = _softmax(weights["head.weight"] @ (picture.mean((0, 1)) / 255))
+        assert list(one["scores"]) == ["cat", "dog", "cow"]
+        np.testing.assert_allclose(list(one["scores"].values()), scores, atol=1e-5)
+
+
+def test_pictures_are_compared_with_words(tmp_path):
+    weights = tiny_bundles.write_pictures(tmp_path / "pictures.bundle", zero_shot=True)
+    labels = ["owl", "elephant", "ant"]
+    with open_session(tmp_path / "pictures.bundle", threads=1) as session:
+        found = answer(session, images=_pictures(), labels=labels)
+        tokens = [session.text.encode(f"a photo of {label}") for label in labels]
+        other = answer(session, images=_pictures(), labels=labels, hypothesis="{}")
+    text = np.stack([weights["embed.weight"][ids].sum(0) for ids in tokens])
+    for picture, one in zip(_pictures(), found, strict=True):
+        scores = _softmax(text @ (weights["head.weight"] @ (picture.mean((0, 1)) / 255)))
+        assert list(one["scores"]) == labels
+        np.testing.assert_allclose(list(one["scores"].values()), scores, atol=1e-4)
+        assert one["label"] == labels[scores.argmax()]
+    assert other != found
+
+
+def test_zero_shot_needs_labels(tmp_path):
+    tiny_bundles.write_pictures(tmp_path / "pictures.bundle", zero_shot=True)
+    with open_session(tmp_path / "pictures.bundle", threads=1) as session, pytest.raises(SessionError) as caught:
+        answer(session, images=_pictures())
+    assert str(caught.value) == (
+        "task 'zero-shot-image-classification' takes images and labels; given: images\nHint: give images and labels"
+    )

@@ -202,6 +202,46 @@ def seq2seq_reference(path: Path, ids: Array, written: Array) -> Array:
     return np.tanh(read) @ values["head.weight_t"]
 
 
+def write_pictures(path: Path, *, zero_shot: bool) -> dict[str, Array]:
+    """Write a bundle that judges pictures by their mean colour, zero-shot against the sum of token vectors."""
+    rng = np.random.default_rng(13)
+    weights = {"head.weight": rng.normal(size=(3, 3)), "embed.weight": rng.normal(size=(300, 3))}
+    weights = {name: value.astype(np.float32) for name, value in weights.items()}
+    (path / "graph").mkdir(parents=True)
+    offsets: dict[str, int] = {}
+    for slots in (False, True):
+        g = tiny.GraphWriter(slots, weights)
+        g.constant("axes23", np.asarray([2, 3], np.int64))
+        g.op("ReduceMean", ["pixel_values", "axes23"], "colour", keepdims=0)
+        judged = g.linear("colour", "head")
+        inputs = [helper.make_tensor_value_info("pixel_values", tiny.F, ["batch_size", 3, 8, 8])]
+        if zero_shot:
+            g.constant("embed.weight", weights["embed.weight"])
+            g.constant("axis1", np.asarray([1], np.int64))
+            g.constant("axis2", np.asarray([2], np.int64))
+            g.op("Gather", ["embed.weight", "input_ids"], "vectors")
+            g.op("Cast", ["attention_mask"], "mask", to=onnx.TensorProto.FLOAT)
+            g.op("Unsqueeze", ["mask", "axis2"], "mask3")
+            g.op("Mul", ["vectors", "mask3"], "masked")
+            g.op("ReduceSum", ["masked", "axis1"], "text", keepdims=0)
+            g.op("Transpose", ["text"], "text_t", perm=[1, 0])
+            g.op("MatMul", [judged, "text_t"], "logits_per_image")
+            text = ["text_batch_size", "sequence_length"]
+            inputs += [helper.make_tensor_value_info(n, tiny.INT, text) for n in ("input_ids", "attention_mask")]
+            outputs = [helper.make_tensor_value_info("logits_per_image", tiny.F, ["batch_size", "text_batch_size"])]
+        else:
+            g.op("Identity", [judged], "logits")
+            outputs = [helper.make_tensor_value_info("logits", tiny.F, ["batch_size", 3])]
+        model = g.model(inputs, outputs, path / "graph" / "weights.bin", offsets)
+        tiny.save(model, path / "graph" / f"model.{'slots' if slots else 'plain'}.onnx")
+    assets = text_assets(chat=False) if zero_shot else {}
+    picture = {"do_resize": True, "size": {"height": 8, "width": 8}, "do_normalize": False}
+    write_assets(path, assets | {"preprocessor_config.json": json.dumps(picture).encode()})
+    task = "zero-shot-image-classification" if zero_shot else "image-classification"
+    _finish(path, task, {"head": (3, 3)}, {}, ["model"], None, labels=("cat", "dog", "cow"))
+    return weights
+
+
 def _encoder(weights: dict[str, Array], *, slots: bool, file: Path, offsets: dict[str, int]) -> Any:
     g = tiny.GraphWriter(slots, weights)
     g.constant("embed.weight", weights["embed.weight"])
