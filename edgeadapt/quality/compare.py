@@ -77,7 +77,8 @@ def kl_divergence(reference: Array, measured: Array) -> NDArray[np.float64]:
     expected, found = (_log_softmax(x.reshape(-1, x.shape[-1])) for x in (reference, measured))
     probabilities = np.exp(expected)
     # 0 * (-inf - x) is 0 by definition: a class that the reference rules out adds nothing.
-    terms = np.where(probabilities > 0, probabilities * (expected - found), 0.0)
+    with np.errstate(invalid="ignore"):
+        terms = np.where(probabilities > 0, probabilities * (expected - found), 0.0)
     divergence = terms.sum(axis=-1)
     # Rounding can leave a tiny negative sum for equal distributions; NaN must stay visible.
     return np.asarray(np.where(divergence < 0, 0.0, divergence), np.float64)
@@ -111,9 +112,9 @@ def _largest_difference(reference: Array, measured: Array) -> float:
     """Return the largest absolute difference; infinity if either has a NaN or an infinity that the other lacks."""
     if reference.size == 0:
         return 0.0
-    same = reference == measured
-    difference = np.abs(np.where(same, 0.0, measured.astype(np.float64) - np.where(same, 0.0, reference)))
-    largest = float(difference.max())
+    difference = np.zeros(reference.shape, np.float64)
+    np.subtract(measured, reference, out=difference, where=reference != measured)
+    largest = float(np.abs(difference).max())
     return largest if np.isfinite(largest) else float("inf")
 
 
@@ -138,7 +139,8 @@ def _agreement(reference: Array, measured: Array) -> NDArray[np.bool_]:
 
 def _cosines(reference: Array, measured: Array) -> NDArray[np.float64]:
     a, b = (x.reshape(-1, x.shape[-1]).astype(np.float64) for x in (reference, measured))
-    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     equal = (a == b).all(axis=-1)
+    a, b = np.where(equal[:, None], 0.0, a), np.where(equal[:, None], 0.0, b)
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     products = (a * b).sum(axis=-1)
     return np.where(equal, 1.0, np.divide(products, norms, out=np.zeros_like(products), where=norms > 0))

@@ -46,7 +46,7 @@ def round_with_feedback(matrix: Float, factor: Float, bits: int, block_size: int
     codes = np.empty((blocks * block_size, rows), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
     zeros = np.empty((rows, blocks), np.float32)
-    importance = 1 / np.square(np.diagonal(factor))
+    importance = np.asarray(1 / np.square(np.diagonal(factor)), np.float32)
     for block in range(blocks):
         here = slice(block * block_size, min((block + 1) * block_size, width))
         part = rest[here]

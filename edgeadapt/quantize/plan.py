@@ -67,12 +67,12 @@ def _check_patterns(keep: Mapping[str, str], schemes: Mapping[str, Scheme], weig
     for pattern, name in keep.items():
         matched = [weight for weight in weights if fnmatchcase(weight.path, pattern)]
         if not matched:
-            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.3) or paths[:3]
+            near = difflib.get_close_matches(pattern, paths, n=3) or paths[:3]
             raise QuantizeError(
                 f"the exception {pattern!r} = {name!r} matches none of the model's {len(paths)} weights",
                 hint=f"patterns are module paths with * for any text, such as {', '.join(near)}",
             )
-        refused = [(w, reason) for w, reason in _refusals(schemes[name], matched) if reason is not None]
+        refused = [(w, reason) for w, reason in _refusals(schemes[pattern], matched) if reason is not None]
         if refused and name != "none":
             weight, reason = refused[0]
             raise QuantizeError(

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgeadapt.quantize.blocks import round_to_nearest
+from edgeadapt.quantize.gptq import inverse_factor, round_with_feedback
+
+
+def _layer(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a weight and the second moment of inputs that move together, as a transformer's do."""
+    random = np.random.default_rng(0)
+    weight = random.standard_normal((rows, columns)).astype(np.float32)
+    inputs = random.standard_normal((4000, columns // 4)) @ random.standard_normal((columns // 4, columns))
+    inputs += 0.3 * random.standard_normal(inputs.shape)
+    return weight, (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def _loss(weight: np.ndarray, rounded: np.ndarray, moment: np.ndarray) -> float:
+    error = (weight - rounded).astype(np.float64)
+    return float(np.einsum("ij,jk,ik->", error, moment, error))
+
+
+def test_the_factor_is_that_of_the_inverse():
+    _, moment = _layer(4, 48)
+    factor = inverse_factor(moment, 0.01).astype(np.float64)
+    damped = moment + 0.01 * np.trace(moment) / 48 * np.eye(48)
+    assert np.allclose(factor.T @ factor @ damped, np.eye(48), atol=1e-3)
+    assert np.array_equal(factor, np.triu(factor))
+
+
+@pytest.mark.parametrize("columns", [128, 136])
+def test_feedback_makes_up_for_most_of_the_output_error(columns):
+    weight, moment = _layer(64, columns)
+    nearest = round_to_nearest(weight, 4, 32, symmetric=False, search=True)
+    fed_back = round_with_feedback(weight, inverse_factor(moment), 4, 32)
+    assert _loss(weight, fed_back.dequantize(), moment) < 0.4 * _loss(weight, nearest.dequantize(), moment)
+    assert fed_back.codes.shape == nearest.codes.shape
+    assert fed_back.codes.max() <= 15
+
+
+def test_inputs_that_are_independent_leave_rounding_to_nearest():
+    weight = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
+    fed_back = round_with_feedback(weight, inverse_factor(np.eye(64, dtype=np.float32)), 4, 32)
+    assert np.array_equal(fed_back.codes, round_to_nearest(weight, 4, 32, symmetric=False, search=True).codes)
+
+
+def test_dead_inputs_and_equal_runs_are_harmless():
+    weight, moment = _layer(8, 64)
+    moment[:8] = moment[:, :8] = 0
+    first, second = (round_with_feedback(weight, inverse_factor(moment), 4, 32) for _ in range(2))
+    assert np.isfinite(first.dequantize()).all()
+    assert np.array_equal(first.codes, second.codes)
+    assert np.array_equal(first.scales, second.scales)
+    zero = round_with_feedback(weight, inverse_factor(np.zeros_like(moment)), 4, 32)
+    assert np.abs(zero.dequantize() - weight).max() < 0.5
