@@ -69,11 +69,11 @@ def check_merge(
     Raises:
         MergeError: if it exceeds `tolerance`, an output is missing or not finite, or there are no cases.
     """
-    from edgeadapt.merging.reference import model_outputs, reference_outputs
+    from edgeadapt.merging.reference import adapter_outputs, model_outputs
 
     if not cases:
         raise MergeError("there are no cases to check the merge with", hint="give at least one input")
-    expected = reference_outputs(base, [adapter], cases)[adapter.name]
+    expected = adapter_outputs(base, adapter, cases)
     worst, where = 0.0, ""
     for index, (case, want) in enumerate(zip(cases, expected, strict=True)):
         got = model_outputs(merged, merged.module, case)

@@ -48,11 +48,18 @@ def reference_outputs(
     for adapter in adapters:
         if adapter.name in outputs:
             raise MergeError(f"two adapters have the name {adapter.name!r}", hint="give each a name of its own")
-        biases = _biases(base, adapter)
-        model = adapted_module(base, adapter)
-        outputs[adapter.name] = [model_outputs(base, model, case) for case in cases]
-        del model
-        _check_untouched(base, adapter, biases)
+        outputs[adapter.name] = adapter_outputs(base, adapter, cases)
+    return outputs
+
+
+def adapter_outputs(
+    base: BaseModel, adapter: Adapter, cases: Sequence[Mapping[str, torch.Tensor]]
+) -> list[dict[str, Array]]:
+    """Return one adapter's outputs for every case; see `reference_outputs`."""
+    biases = _biases(base, adapter)
+    model = adapted_module(base, adapter)
+    outputs = [model_outputs(base, model, case) for case in cases]
+    _check_untouched(base, adapter, biases)
     return outputs
 
 
