@@ -183,7 +183,9 @@ class Binding:
 
     def allocate_output(self, name: str) -> None:
         """Have ONNX Runtime allocate output `name` in each run; `run` returns it."""
-        self._io.bind_output(name, "cpu", 0)
+        if name in self._outputs and self._outputs[name] is None:
+            return
+        self._io.bind_output(name, "cpu", 0)  # takes its place in the order of outputs
         self._outputs[name] = None
 
     def run(self) -> dict[str, Array]:
