@@ -112,8 +112,11 @@ def _largest_difference(reference: Array, measured: Array) -> float:
     """Return the largest absolute difference; infinity if either has a NaN or an infinity that the other lacks."""
     if reference.size == 0:
         return 0.0
-    difference = np.zeros(reference.shape, np.float64)
-    np.subtract(measured, reference, out=difference, where=reference != measured)
+    difference = measured - reference
+    if not np.isfinite(difference).all():
+        # Equal infinities are no difference.
+        difference = np.zeros(reference.shape, np.float64)
+        np.subtract(measured, reference, out=difference, where=reference != measured)
     largest = float(np.abs(difference).max())
     return largest if np.isfinite(largest) else float("inf")
 

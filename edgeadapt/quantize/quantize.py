@@ -15,6 +15,7 @@ from edgeadapt.errors import QuantizeError
 from edgeadapt.export.graph import Graph
 from edgeadapt.progress import SILENT, Progress
 from edgeadapt.quantize.plan import Choice, choose_schemes, load_scheme
+from edgeadapt.quantize.retie import retie
 from edgeadapt.quantize.rewrite import CONTRIB, drop_unused
 from edgeadapt.quantize.scheme import Settings, Stored
 from edgeadapt.quantize.weights import find_weights
@@ -74,6 +75,8 @@ def quantize(
             f"block_size is {size!r}", hint=f"give one of {', '.join(str(known) for known in BLOCK_SIZES)}"
         )
     models = {role: model.clone() for role, model in graph.models.items()}
+    for model in models.values():
+        retie(model)
     weights = {role: find_weights(model) for role, model in models.items()}
     choices = choose_schemes(weights, scheme, keep or {})
     _check_moments(moments or {}, choices)
@@ -97,24 +100,45 @@ def _apply(choices: Sequence[Choice], moments: Moments, block_size: int, progres
         order.setdefault(id(choice.weight.initializer), len(order))
     groups = [list(group) for _, group in groupby(sorted(choices, key=one_constant), key=one_constant)]
     entries = []
+    memory: dict[str, Any] = {}
     seen: set[int] = set()
     for done, group in enumerate(groups, start=1):
-        uses = [choice.weight for choice in group]
-        first = uses[0]
-        bytes_before = 0 if id(first.initializer) in seen else int(first.tensor.nbytes)
-        seen.add(id(first.initializer))
-        elements = first.elements
-        moment = next((moments[use.path] for use in uses if use.path in moments), None)
-        stored = load_scheme(group[0].scheme).apply(uses, Settings(block_size, moment))
-        reason = next((choice.reason for choice in group if choice.reason), "")
-        tied = len({use.kind for use in uses}) > 1
-        entries.append(_Entry(first.path, first.kind, group[0].scheme, reason, elements, bytes_before, stored, tied))
-        if group[0].scheme != "none":
-            graph = first.initializer.graph
-            assert isinstance(graph, ir.Graph)
-            drop_unused(graph, first.initializer)
+        entries.append(_apply_group(group, moments, block_size, memory, seen))
         progress.advance(done, len(groups))
     return entries
+
+
+def _apply_group(
+    group: Sequence[Choice], moments: Moments, block_size: int, memory: dict[str, Any], seen: set[int]
+) -> _Entry:
+    """Rewrite the uses of one constant that share a scheme; `seen` holds constants that were counted before."""
+    uses = [choice.weight for choice in group]
+    first, scheme = uses[0], group[0].scheme
+    bytes_before = 0 if id(first.initializer) in seen else int(first.tensor.nbytes)
+    seen.add(id(first.initializer))
+    elements = first.elements
+    moment = next((moments[use.path] for use in uses if use.path in moments), None)
+    try:
+        stored = load_scheme(scheme).apply(uses, Settings(block_size, moment, memory))
+    except np.linalg.LinAlgError as error:
+        raise QuantizeError(
+            f"the calibration moments of {first.path} are no second moments: {error}",
+            hint="collect them from this base in float32",
+        ) from error
+    if scheme != "none":
+        graph = first.initializer.graph
+        assert isinstance(graph, ir.Graph)
+        drop_unused(graph, first.initializer)
+    return _Entry(
+        path=first.path,
+        kind=first.kind,
+        scheme=scheme,
+        reason=next((choice.reason for choice in group if choice.reason), ""),
+        elements=elements,
+        bytes_before=bytes_before,
+        stored=stored,
+        tied=len({use.kind for use in uses}) > 1,
+    )
 
 
 def _check_work(scheme: str, keep: Mapping[str, str], choices: Sequence[Choice]) -> None:

@@ -13,8 +13,8 @@ A scheme's file holds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,10 +30,12 @@ class Settings:
 
     block_size: weights along a row that share a scale
     moment: float32[in, in], E[x x^T] of the layer's input on the calibration texts, or None
+    memory: what a scheme remembers from one constant to the next within one call
     """
 
     block_size: int
     moment: NDArray[np.float32] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,10 @@ class Stored:
 
     bytes: what the file holds of it now, scales and zero points included
     rounding: "nearest" (each weight by itself), "feedback" (with calibration moments), "float16", or None if untouched
-    note: what people should know, if anything
     """
 
     bytes: int
     rounding: str | None
-    note: str | None = None
 
 
 class Scheme(Protocol):

@@ -7,6 +7,10 @@ texts the rounding errors are made to cancel (see `quantize.gptq`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgeadapt.quantize.blocks import round_to_nearest
 from edgeadapt.quantize.gptq import inverse_factor, round_with_feedback
@@ -45,5 +49,14 @@ def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     if settings.moment is None:
         blocks = round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
         return Stored(use_blocks(uses, blocks), "nearest")
-    blocks = round_with_feedback(matrix, inverse_factor(settings.moment), 4, settings.block_size)
+    blocks = round_with_feedback(matrix, _factor(settings.moment, settings.memory), 4, settings.block_size)
     return Stored(use_blocks(uses, blocks), "feedback")
+
+
+def _factor(moment: NDArray[np.float32], memory: dict[str, Any]) -> NDArray[np.float32]:
+    """Return the moment's inverse factor, the last one again for layers that share their input's moment."""
+    last = memory.get("factor")
+    if last is None or last[0] is not moment:
+        last = memory["factor"] = (moment, inverse_factor(moment))
+    found: NDArray[np.float32] = last[1]
+    return found

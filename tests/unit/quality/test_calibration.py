@@ -74,7 +74,8 @@ def test_arrays(tmp_path):
             "s.jsonl",
             [{"text": "a"}, "{oops"],
             (
-                "s.jsonl line 2 is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)\n"
+                "s.jsonl line 2 is not JSON: Expecting property name enclosed in double quotes: "
+                "line 1 column 2 (char 1)\n"
                 f"Hint: {FORMS}"
             ),
         ),

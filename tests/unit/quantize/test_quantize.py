@@ -298,3 +298,32 @@ def test_every_scheme_keeps_the_contract():
         assert module.SUMMARY
         assert module.BLOCK_SIZE in (16, 32, 64, 128, 256)
         assert all(callable(getattr(module, verb)) for verb in ("usual", "refuses", "apply"))
+
+
+@pytest.mark.parametrize("scheme", ["none", "fp16", "int8"])
+def test_a_head_that_was_folded_to_a_copy_is_tied_again(builder, run, scheme):
+    table = np.random.default_rng(0).standard_normal((50, 64)).astype(np.float32)
+    ids = builder.input("input_ids", ["batch"], ir.DataType.INT64)
+    h = builder.site("embed", ids, builder.node("Gather", [builder.constant("embed.weight", table), ids]))
+    head = builder.node("MatMul", [h, builder.constant("folded", table.T.copy())])
+    other = builder.node("MatMul", [h, builder.constant("other", -table.T)])
+    builder.output("logits", builder.site("lm_head", h, head))
+    builder.output("others", builder.site("other", h, other))
+    graph = builder.done()
+    quantized, record = quantize(graph, scheme)
+    assert record["tied"] == ["embed"]
+    assert record["bytes_before"] == 2 * table.nbytes
+    assert "folded" not in quantized.models["model"].graph.initializers
+    assert "folded" in graph.models["model"].graph.initializers
+    expected, found = (run(g, {"input_ids": IDS}) for g in (graph, quantized))
+    for name in ("logits", "others"):
+        assert np.abs(found[name] - expected[name]).max() < 0.02 * np.abs(expected[name]).max()
+
+
+def test_moments_that_are_none_are_refused(tiny):
+    with pytest.raises(QuantizeError) as caught:
+        quantize(tiny, "int4", moments={"gemm": -np.eye(96, dtype=np.float32) - 1})
+    assert str(caught.value) == (
+        "the calibration moments of gemm are no second moments: Matrix is not positive definite\n"
+        "Hint: collect them from this base in float32"
+    )
