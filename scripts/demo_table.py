@@ -1,11 +1,15 @@
-"""Prints what scripts/demo found as Markdown: answers with each adapter and with none, then the figures."""
+"""Prints what scripts/demo found as Markdown: answers with each adapter and with none, quality, figures."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+
+from edgeadapt.bundle import open_bundle
+from edgeadapt.errors import ProfileError
+from edgeadapt.fields import from_mapping
+from edgeadapt.profiling import Profile, rows
 
 
 def main() -> None:
@@ -23,18 +27,22 @@ def main() -> None:
     print()
     for name, prompt in prompts.items():
         print(f"**{prompt}**\n")
-        rows = [(adapter, _answer(arguments.answers, adapter, name)) for adapter in ("none", "sql", "json")]
-        _table(("adapter", "answer"), rows)
+        answers = [(adapter, _answer(arguments.answers, adapter, name)) for adapter in ("none", "sql", "json")]
+        _table(("adapter", "answer"), answers)
 
-    size = sum(file.stat().st_size for file in arguments.bundle.rglob("*") if file.is_file())
-    figures = dict(_flat(json.loads((arguments.answers / "profile.json").read_text(encoding="utf-8"))))
-    own = {
-        "setup_s": arguments.setup_s,
-        "export_s": arguments.export_s,
-        "bundle_MB": size / 1e6,
-        "demo_s": arguments.total_s,
-    }
-    _table(("figure", "value"), [(name, _number(value)) for name, value in {**own, **figures}.items()])
+    _table(("adapter", "mean KL to float32 torch", "same top-1 token"), _quality(arguments.bundle))
+
+    where = arguments.answers / "profile.json"
+    profile = from_mapping(Profile, json.loads(where.read_text(encoding="utf-8")), str(where), ProfileError)
+    own = [
+        ("set up and fetch the model", f"{arguments.setup_s} s"),
+        ("export two adapters to int8", f"{arguments.export_s} s"),
+        ("this demo", f"{arguments.total_s} s"),
+    ]
+    figures = [(row["figure"], row["value"]) for row in rows(profile)]
+    _table((f"figure ({profile.threads} threads, adapter {profile.adapter})", "value"), own + figures)
+    for warning in profile.warnings:
+        print(f"Note: {warning}")
 
 
 def _answer(folder: Path, adapter: str, prompt: str) -> str:
@@ -44,23 +52,15 @@ def _answer(folder: Path, adapter: str, prompt: str) -> str:
     return text.replace("|", "\\|") or "(nothing)"
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Return the numbers of a nested mapping under dotted names; texts and lists are left out."""
-    found: list[tuple[str, float]] = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            found += _flat(item, f"{prefix}{key}.")
-        elif isinstance(item, int | float) and not isinstance(item, bool):
-            found.append((prefix + key, item))
-    return found
+def _quality(bundle: Path) -> list[tuple[str, ...]]:
+    return [
+        (row["adapter"] or "none", f"{row['mean_kl']:.4f}", f"{row['top1']:.1%}")
+        for row in open_bundle(bundle).manifest.quality
+    ]
 
 
-def _number(value: float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> None:
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(2)]
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, tuple("-" * width for width in widths), *rows]:
         print("| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |")
     print(flush=True)
