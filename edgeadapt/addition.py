@@ -73,7 +73,8 @@ def add_adapter(
         tensors = bundles.bind(resolved, manifest)
         record = adapter_record(found, resolved)
     with progress.stage("record golden outputs"), open_session(opened) as session:
-        golden = record_golden(session, found.name, tensors)
+        session.lend(found.name, bundles.as_stored(tensors, manifest.adapter_dtype))
+        golden = record_golden(session, found.name)
     with progress.stage("write"):
         return bundles.insert_adapter(opened, found.name, tensors, record, golden, replace=force)
 
@@ -143,8 +144,8 @@ def head_size(resolved: ResolvedAdapter) -> int | None:
     return int(matrices[-1].shape[0]) if matrices else None
 
 
-def record_golden(session: Session, name: str, tensors: Mapping[str, Array]) -> Golden:
-    """Return the golden of an adapter that is not in the bundle yet: its outputs and the base's, measured now.
+def record_golden(session: Session, name: str) -> Golden:
+    """Return the golden of an adapter that the session knows: its outputs and the base's, measured now.
 
     Raises:
         BundleError: if the adapter does nothing, or its outputs are not finite.
@@ -153,13 +154,11 @@ def record_golden(session: Session, name: str, tensors: Mapping[str, Array]) -> 
     inputs = golden_inputs(session)
     session.use(None)
     base = golden_outputs(session, inputs)
-    session.use_tensors(name, bundles.as_stored(tensors, manifest.adapter_dtype))
+    session.use(name)
     adapted = golden_outputs(session, inputs)
     session.use(None)
     tolerance = TOLERANCE.get(str(manifest.quantization.get("scheme", "none")), QUANTIZED_TOLERANCE)
-    return bundles.make_golden(
-        name, inputs, base, adapted, tolerance=tolerance, smallest_effect=SMALLEST_EFFECT
-    )
+    return bundles.make_golden(name, inputs, base, adapted, tolerance=tolerance, smallest_effect=SMALLEST_EFFECT)
 
 
 def golden_inputs(session: Session) -> dict[str, Array]:
@@ -230,7 +229,7 @@ def _modules_of(base: str, manifest: Manifest) -> dict[str, TargetModule]:
     from edgeadapt.merging.load import load_base_model
 
     loaded = load_base_model(base, task=manifest.task, revision=manifest.base.revision)
-    modules = {path: module for path, module in loaded.modules.items()}
+    modules = dict(loaded.modules)
     if base_fingerprint(modules) != manifest.base.fingerprint:
         other = [m.path for m in manifest.base.modules if m.path not in modules or modules[m.path].digest != m.digest]
         raise BundleError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt import bundle as bundles
@@ -20,15 +21,17 @@ from edgeadapt.adapters.resolve import resolve
 from edgeadapt.addition import adapter_record, record_golden
 from edgeadapt.bundle.base import base_fingerprint, base_modules
 from edgeadapt.bundle.bundle import Bundle
-from edgeadapt.bundle.manifest import SCHEMA, BaseRecord, GraphRecord, Manifest, ParameterSlot, Slot
+from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, GraphRecord, Manifest, ParameterSlot, Slot
 from edgeadapt.bundle.names import check_adapter_name
-from edgeadapt.errors import AdapterError, ExportError, QuantizeError, RecipeError
+from edgeadapt.errors import AdapterError, RecipeError
 from edgeadapt.fields import to_mapping
 from edgeadapt.files import require_free_space, staged_directory
 from edgeadapt.progress import SILENT, Progress
-from edgeadapt.quality.calibration import Calibration, built_in, read_calibration
+from edgeadapt.quality.calibration import Calibration, built_in, read_calibration, split
 from edgeadapt.recipe import Recipe
-from edgeadapt.runtime.session import open_session
+from edgeadapt.runtime.chat import render_chat
+from edgeadapt.runtime.session import Session, open_session
+from edgeadapt.runtime.tokenizer import special_tokens_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +45,7 @@ OPSET = 21
 MINIMUM_ORT = "1.24.3"
 PARITY_TOLERANCE = 1e-4
 MERGE_TOLERANCE = 1e-4
+_OLDER_MAP = "special_tokens_map.json"
 
 
 def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseModel | None = None) -> Bundle:
@@ -64,11 +68,11 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
     with staged_directory(recipe.output, force=recipe.force) as folder:
         with progress.stage("read adapters"):
             adapters = _read_adapters(recipe)
-            samples = built_in() if recipe.calibrate is None else read_calibration(recipe.calibrate)
         with progress.stage("load base"):
             base = _load_base(recipe, adapters, base, progress)
             resolved = [resolve(adapter, base.modules, base_name=base.name) for adapter in adapters]
-            _check_labels(samples, adapters)
+            _check_heads(base, resolved)
+            samples = _samples(recipe, base)
             require_free_space(folder, _needed_bytes(base, recipe))
         job = _Job(recipe, base, adapters, resolved, samples)
         if recipe.merge:
@@ -78,13 +82,17 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
         with progress.stage("compare with torch"):
             parity = _measure_parity(job, graph, folder / ".parity")
         with progress.stage(f"quantize {recipe.quantize}"):
-            graph, record = quantize(graph, recipe.quantize, keep=recipe.keep, moments=_moments(job))
+            graph, record = quantize(graph, recipe.quantize, keep=recipe.keep, moments=_moments(job), progress=progress)
         with progress.stage("write"):
-            draft = _write(job, graph, record, folder)
-            manifest = dataclasses.replace(draft, parity=parity)
-        with progress.stage("measure quality"):
-            quality = _measure_quality(job, folder, recipe, progress)
-        bundles.write_manifest(folder, dataclasses.replace(manifest, quality=quality))
+            draft = _write_base(job, graph, record, folder)
+        with _session(job, draft, folder) as session:
+            with progress.stage("measure quality"):
+                quality = _measure_quality(job, session, progress)
+            with progress.stage("write adapters"):
+                adapters_written = _write_adapters(job, session, folder)
+        bundles.write_manifest(
+            folder, dataclasses.replace(draft, adapters=adapters_written, parity=parity, quality=quality)
+        )
     return bundles.open_bundle(recipe.output)
 
 
@@ -99,6 +107,16 @@ class _Job:
     samples: Calibration
     original: BaseModel | None = None
     merge_record: Mapping[str, Any] | None = None
+
+    @property
+    def measured(self) -> Calibration:
+        """The samples of the quality table: none that the quantization was calibrated on, where there are enough."""
+        return split(self.samples)[1] if self.calibrates else self.samples
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the quantization is fitted to the user's samples."""
+        return self.recipe.calibrate is not None and self.recipe.quantize == "int4"
 
     @property
     def swappable(self) -> Sequence[ResolvedAdapter]:
@@ -118,7 +136,9 @@ class _Job:
             name
             for name in self.replaced
             if name in self.base.untrained
-            or any(tuple(parameters[name].shape) != a.replaced[name].shape for a in self.swappable if name in a.replaced)
+            or any(
+                tuple(parameters[name].shape) != a.replaced[name].shape for a in self.swappable if name in a.replaced
+            )
         )
 
 
@@ -170,9 +190,27 @@ def _load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | No
     return dataclasses.replace(base, max_length=recipe.max_length)
 
 
-def _check_labels(samples: Calibration, adapters: Sequence[Adapter]) -> None:
-    if samples.labels is not None and not adapters:
-        raise RecipeError("the samples have labels, and there is no adapter", hint="leave the labels out")
+def _check_heads(base: BaseModel, resolved: Sequence[ResolvedAdapter]) -> None:
+    """Refuse an adapter that leaves a head untrained that the base's checkpoint does not have either."""
+    for adapter in resolved:
+        missing = [name for name in base.untrained if name not in adapter.replaced]
+        if missing:
+            raise AdapterError(
+                f"adapter {adapter.name!r} brings no {missing[0]}, and {base.name} has none for {base.task}",
+                hint="train with modules_to_save for the whole head, or give the task the adapter was trained for",
+            )
+
+
+def _samples(recipe: Recipe, base: BaseModel) -> Calibration:
+    """Return the user's samples, chats written with the base's own template; or the built-in texts."""
+    if recipe.calibrate is None:
+        return built_in()
+    template = base.assets.get("chat_template.jinja")
+    if template is None:
+        return read_calibration(recipe.calibrate)
+    config, older = (json.loads(base.assets.get(name, b"{}")) for name in ("tokenizer_config.json", _OLDER_MAP))
+    special = special_tokens_of(config, older)
+    return read_calibration(recipe.calibrate, render=partial(render_chat, template.decode(), special_tokens=special))
 
 
 def _needed_bytes(base: BaseModel, recipe: Recipe) -> int:
@@ -241,14 +279,13 @@ def _measure_parity(job: _Job, graph: Graph, folder: Path) -> dict[str, Any]:
         ExportError: if it differs by more than the tolerance.
     """
     from edgeadapt.export.cases import parity_cases
-    from edgeadapt.export.graph import Graph as GraphClass
     from edgeadapt.quality.parity import measure_parity
 
-    copy = GraphClass({role: model.clone() for role, model in graph.models.items()}, graph.task, graph.generation)
-    _write(job, copy, {"scheme": "none"}, folder)
+    copy = dataclasses.replace(graph, models={role: model.clone() for role, model in graph.models.items()})
+    draft = _write_base(job, copy, {"scheme": "none"}, folder)
     try:
         cases = parity_cases(job.base, job.samples.texts)
-        with open_session(folder) as session:
+        with _session(job, draft, folder, keep_graphs=False) as session:
             result: dict[str, Any] = measure_parity(
                 session, _arrays(cases), _references(job, cases), tolerance=PARITY_TOLERANCE
             )
@@ -257,40 +294,53 @@ def _measure_parity(job: _Job, graph: Graph, folder: Path) -> dict[str, Any]:
     return {**result, "merge": dict(job.merge_record)} if job.merge_record is not None else result
 
 
+def _session(job: _Job, draft: Manifest, folder: Path, *, keep_graphs: bool = True) -> Session:
+    """Return a session over a written base that knows the job's adapters as they will be stored."""
+    session = open_session(folder, keep_graphs=keep_graphs)
+    for resolved in job.swappable:
+        session.lend(resolved.name, bundles.as_stored(bundles.bind(resolved, draft), draft.adapter_dtype))
+    return session
+
+
 def _moments(job: _Job) -> dict[str, Array] | None:
-    """Return second moments of the modules' inputs on the user's samples, None where no samples were given."""
-    if job.recipe.calibrate is None or job.recipe.quantize in ("none", "fp16"):
+    """Return second moments of the modules' inputs on the user's samples, None where the scheme does not need them."""
+    if not job.calibrates:
         return None
     from edgeadapt.export.activations import collect_moments
     from edgeadapt.export.cases import sample_cases
 
-    return collect_moments(job.base, sample_cases(job.base, job.samples.texts, job.samples.arrays))
+    samples = split(job.samples)[0]
+    return collect_moments(job.base, sample_cases(job.base, samples.texts, samples.arrays, tokens_per_text=512))
 
 
-def _write(job: _Job, graph: Graph, quantization: Mapping[str, Any], folder: Path) -> Manifest:
-    """Write graphs, assets and adapters into `folder` with a manifest, and return the manifest."""
+def _write_base(job: _Job, graph: Graph, quantization: Mapping[str, Any], folder: Path) -> Manifest:
+    """Write graphs and assets into `folder` with a manifest of a bundle without adapters, and return the manifest."""
     from edgeadapt.quantize.pack import pack
 
     bundles.write_assets(folder, job.base.assets)
     packed = pack(graph, folder, job.swappable, job.base.modules, flexible=job.flexible)
-    manifest = bundles.write_manifest(folder, _manifest(job, packed, graph, quantization))
-    if not job.swappable:
-        return manifest
-    records = {}
-    with open_session(folder) as session:
-        for adapter, resolved in zip(job.adapters, job.resolved, strict=True):
-            tensors = bundles.bind(resolved, manifest)
-            golden = record_golden(session, adapter.name, tensors)
-            records[adapter.name] = bundles.write_adapter(
-                folder,
-                adapter.name,
-                tensors,
-                adapter_record(adapter, resolved),
-                golden,
-                manifest.adapter_dtype,
-                base_fingerprint=manifest.base.fingerprint,
-            )
-    return bundles.write_manifest(folder, dataclasses.replace(manifest, adapters=records))
+    return bundles.write_manifest(folder, _manifest(job, packed, graph, quantization))
+
+
+def _write_adapters(job: _Job, session: Session, folder: Path) -> dict[str, AdapterRecord]:
+    """Write every adapter with its golden, recorded now, and return their records.
+
+    Raises:
+        BundleError: if an adapter does nothing.
+    """
+    manifest = session.bundle.manifest
+    return {
+        resolved.name: bundles.write_adapter(
+            folder,
+            resolved.name,
+            bundles.bind(resolved, manifest),
+            adapter_record(adapter, resolved),
+            record_golden(session, resolved.name),
+            manifest.adapter_dtype,
+            base_fingerprint=manifest.base.fingerprint,
+        )
+        for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
+    }
 
 
 def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str, Any]) -> Manifest:
@@ -324,7 +374,7 @@ def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str
     )
 
 
-def _measure_quality(job: _Job, folder: Path, recipe: Recipe, progress: Progress) -> tuple[dict[str, Any], ...]:
+def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[dict[str, Any], ...]:
     """Compare the written bundle with torch on the samples; note a ruined model; apply the gate.
 
     Raises:
@@ -334,16 +384,11 @@ def _measure_quality(job: _Job, folder: Path, recipe: Recipe, progress: Progress
     from edgeadapt.quality.gate import gate, verdict
     from edgeadapt.quality.quality import measure_quality
 
-    cases = sample_cases(job.base, job.samples.texts, job.samples.arrays)
-    with open_session(folder) as session:
-        rows = measure_quality(
-            session, _arrays(cases), _references(job, cases), recipe.quantize, labels=job.samples.labels
-        )
-    sentence = verdict(rows)
+    recipe, samples = job.recipe, job.measured
+    cases = sample_cases(job.base, samples.texts, samples.arrays)
+    rows = measure_quality(session, _arrays(cases), _references(job, cases), recipe.quantize, labels=samples.labels)
+    sentence = verdict(rows, calibrated=recipe.calibrate is not None)
     if sentence is not None:
         progress.note(sentence)
     gate(rows, max_kl=recipe.max_kl, min_top1=recipe.min_top1)
     return tuple(to_mapping(row) for row in rows)
-
-
-__all__ = ["ExportError", "QuantizeError", "export_bundle"]

@@ -1,0 +1,1 @@
+"""The base as ONNX graphs whose adapter sites are still markers."""

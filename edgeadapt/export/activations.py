@@ -14,9 +14,7 @@ from edgeadapt.merging.base_model import BaseModel
 LARGEST_INPUT = 8192
 
 
-def collect_moments(
-    base: BaseModel, cases: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, NDArray[np.float32]]:
+def collect_moments(base: BaseModel, cases: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, NDArray[np.float32]]:
     """Return E[x xT] float32[in, in] of the input of every linear module, by module path.
 
     Modules with the same input share one array. A module wider than `LARGEST_INPUT` is left out, for memory.

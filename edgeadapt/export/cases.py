@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +38,7 @@ def parity_cases(base: BaseModel, texts: Sequence[str]) -> list[Case]:
     if kind == "seq2seq":
         return [_seq2seq_case(base, texts, [10]), _seq2seq_case(base, texts, [9, 4, 7])]
     limit = _length_limit(base)
-    return [
-        _single_case(base, texts, [min(length, limit) for length in lengths]) for lengths in ([5], [12], [9, 4, 7])
-    ]
+    return [_single_case(base, texts, [min(length, limit) for length in lengths]) for lengths in ([5], [12], [9, 4, 7])]
 
 
 def sample_cases(
@@ -74,7 +73,9 @@ def sample_cases(
 
 
 def _array_cases(base: BaseModel, arrays: Mapping[str, NDArray[np.generic]]) -> list[Case]:
-    wanted = set(base.example_inputs) or {name for trace in task_of(base).traces(base).values() for name in trace.inputs}
+    wanted = set(base.example_inputs) or {
+        name for trace in task_of(base).traces(base).values() for name in trace.inputs
+    }
     unknown = sorted(set(arrays) - wanted)
     if unknown:
         raise ExportError(
@@ -108,7 +109,7 @@ def _tokens(base: BaseModel, texts: Sequence[str], row: int, length: int, *, exa
     return drawn
 
 
-def _tokenizer(base: BaseModel):  # type: ignore[no-untyped-def]
+def _tokenizer(base: BaseModel) -> Any:
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(base.assets["tokenizer.json"].decode())
@@ -169,5 +170,8 @@ def _resized_module_cases(base: BaseModel) -> list[Case]:
     if set(batched) != set(base.example_inputs):
         return []
     return [
-        {name: torch.cat([tensor, tensor, tensor])[: tensor.shape[0] + 1] for name, tensor in base.example_inputs.items()}
+        {
+            name: torch.cat([tensor, tensor, tensor])[: tensor.shape[0] + 1]
+            for name, tensor in base.example_inputs.items()
+        }
     ]

@@ -72,10 +72,8 @@ def _site_hook(path: str, kind: str) -> Any:
 
 
 @contextlib.contextmanager
-def markers(
-    module: torch.nn.Module, sites: Mapping[str, TargetModule], replaced: Iterable[str]
-) -> Iterator[None]:
-    """Put a marker behind every module in `sites` and on every parameter named in `replaced`, for the time of a trace."""
+def markers(module: torch.nn.Module, sites: Mapping[str, TargetModule], replaced: Iterable[str]) -> Iterator[None]:
+    """Put a marker behind every module in `sites` and on every parameter in `replaced`, for the time of a trace."""
     handles = []
     parametrized: list[tuple[torch.nn.Module, str]] = []
     try:
@@ -101,9 +99,7 @@ def trace_to_onnx(trace: Trace) -> ir.Model:
         ExportError: if torch cannot trace the module, or fixes an axis that must vary.
     """
     # AUTO lets torch fix an axis that the model cannot vary (an image's height); the check below tells which ones.
-    shapes = tuple(
-        {axis: torch.export.Dim.AUTO for axis in trace.axes.get(name, {})} or None for name in trace.inputs
-    )
+    shapes = tuple(dict.fromkeys(trace.axes.get(name, {}), torch.export.Dim.AUTO) or None for name in trace.inputs)
     args = tuple(trace.inputs.values())
     logger = logging.getLogger("torch.onnx")
     level = logger.level
@@ -161,7 +157,9 @@ def _name_axes(model: ir.Model, trace: Trace) -> None:
     for value in model.graph.outputs:
         axes = trace.output_axes.get(value.name or "", {})
         dims = [_dim(dim) for dim in value.shape or ()]
-        named = [dim if isinstance(dim, int) else names.get(dim, f"{value.name}_{axis}") for axis, dim in enumerate(dims)]
+        named = [
+            dim if isinstance(dim, int) else names.get(dim, f"{value.name}_{axis}") for axis, dim in enumerate(dims)
+        ]
         value.shape = ir.Shape([axes.get(axis, dim) for axis, dim in enumerate(named)])
 
 

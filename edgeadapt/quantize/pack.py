@@ -78,6 +78,7 @@ def pack(
 
     Args:
         graph: with markers in place; consumed (its models are lowered in place).
+        folder: the bundle's (staged) folder.
         adapters: those of the bundle; none for a merged bundle, which then gets no slots graph.
         modules: the base's modules.
         flexible: replaced parameters whose axis 0 may differ between adapters (class counts).
@@ -145,7 +146,7 @@ def _all_found(sites: set[str], parameters: set[str]) -> None:
 
 def _slot(site: str, roles: list[str], terms: frozenset[str], module: TargetModule) -> PackedSlot:
     names = {"a": "lora_A", "b": "lora_B", "gain": "gain", "offset": "offset"}
-    inputs = {term: f"{site}.{names[term]}" for term in ("a", "b", "gain", "offset") if term in terms}
+    inputs = {term: f"{site}.{name}" for term, name in names.items() if term in terms}
     return PackedSlot(site, tuple(roles), module.type, module.in_features, module.out_features, inputs)
 
 
@@ -169,11 +170,11 @@ def _lower(
             continue
         if node.op_type == PARAMETER_SITE:
             name = node.attributes["parameter"].as_string()
-            result = lowering.parameter(node, name, name in flexible) if name in replaced else node.inputs[0]
+            result = lowering.parameter(node, name, name in flexible) if name in replaced else _given(node, 0)
         elif node.op_type == ADAPTER_SITE:
             site = node.attributes["site"].as_string()
             terms = wanted.get(site, frozenset())
-            result = lowering.site(node, site, terms, modules) if terms else node.inputs[1]
+            result = lowering.site(node, site, terms, modules) if terms else _given(node, 1)
         else:
             raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
         _replace(graph, node, result)
@@ -182,6 +183,12 @@ def _lower(
     if lowering.sites or lowering.parameters:
         _forget_shapes(graph, flexible & set(lowering.parameters))
     return list(lowering.sites), list(lowering.parameters)
+
+
+def _given(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None  # a marker has all its inputs
+    return value
 
 
 def _replace(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
@@ -195,7 +202,7 @@ def _replace(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
             graph.insert_before(node, identity)
             result = identity.outputs[0]
         result.name = name
-        result.shape, result.dtype = output.shape, output.dtype
+        result.shape, result.type = output.shape, output.type
     ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
     graph.remove(node, safe=True)
 
@@ -212,7 +219,8 @@ class _Lowering:
         """Return the optional input that stands for parameter `name`, its default the base's value."""
         if name not in self.parameters:
             source = node.inputs[0]
-            assert source is not None and source.const_value is not None
+            assert source is not None
+            assert source.const_value is not None
             value = np.asarray(source.const_value.numpy())
             shape: list[int | str] = list(value.shape)
             if flexible:
@@ -226,7 +234,7 @@ class _Lowering:
         """Return y' = (y + (x A) B) * gain + offset for the terms in use."""
         module = modules[site]
         inputs = self.sites.setdefault(site, {})
-        x, y = node.inputs
+        x, y = _given(node, 0), _given(node, 1)
         nodes: list[ir.Node] = []
         if "a" in terms:
             a, b = self._low_rank_inputs(site, module, inputs)
@@ -368,7 +376,13 @@ def _save(model: ir.Model, path: Path, store: _Store) -> None:
             continue
         offset, length = store.put(tensor.tobytes())
         external = ir.ExternalTensor(
-            WEIGHTS, offset, length, tensor.dtype, shape=tensor.shape, name=value.name or "", base_dir=path.parent
+            WEIGHTS,
+            offset,
+            length,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=value.name or "",
+            base_dir=path.parent,
         )
         proto_values.append((value, tensor))
         value.const_value = external

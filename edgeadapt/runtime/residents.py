@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+from numpy.typing import NDArray
+
+from edgeadapt.bundle.bind import check_inputs
 from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.cache import AdapterKey
 from edgeadapt.runtime.checks import is_finite
 from edgeadapt.runtime.ort import Tensor
+
+Array = NDArray[Any]
 
 
 class Residents:
@@ -18,6 +24,7 @@ class Residents:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._loaded: dict[str, dict[str, Tensor]] = {}
+        self._lent: set[str] = set()
 
     def tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
         """Return float32 tensors by graph input name for one adapter or a blend.
@@ -30,8 +37,24 @@ class Residents:
         parts = [(weight, {slot: t.numpy() for slot, t in self._load(name).items()}) for name, weight in key]
         return {slot: Tensor(value) for slot, value in blend(parts, self._bundle.manifest).items()}
 
+    @property
+    def lent(self) -> tuple[str, ...]:
+        """Adapters that are not in the bundle."""
+        return tuple(self._lent)
+
+    def lend(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """Know an adapter that is not in the bundle, from float32 arrays by graph input name.
+
+        Raises:
+            BundleError: if an array is none that an adapter of this bundle may set.
+        """
+        values = check_inputs(name, tensors, self._bundle.manifest)
+        self._lent.add(name)
+        self._loaded[name] = {slot: Tensor(value) for slot, value in values.items()}
+
     def evict(self, name: str) -> bool:
         """Forget an adapter's tensors; return whether it was loaded."""
+        self._lent.discard(name)
         return self._loaded.pop(name, None) is not None
 
     def _load(self, name: str) -> dict[str, Tensor]:

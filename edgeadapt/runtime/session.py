@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.bundle import Bundle, open_bundle
+from edgeadapt.bundle.manifest import GraphRecord
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime import generate as generation
 from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
@@ -29,13 +30,17 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 
-def open_session(bundle: Bundle | Path | str, *, threads: int | None = None, provider: str = "cpu") -> Session:
+def open_session(
+    bundle: Bundle | Path | str, *, threads: int | None = None, provider: str = "cpu", keep_graphs: bool = True
+) -> Session:
     """Return a session over a bundle. Graphs are opened when they are first needed.
 
     Args:
         bundle: a bundle's folder, or what `open_bundle` returned.
         threads: threads inside an operator, None for ONNX Runtime's own choice.
         provider: "cpu" or "cuda"; "cuda" is an error where it cannot be used, never a silent run on the CPU.
+        keep_graphs: keep the plain graph open while an adapter is active, and the slots graph while none is: a swap
+            is then instant, at the price of the weights' memory twice. False opens one form at a time.
 
     Raises:
         BundleError: if the folder is no bundle.
@@ -43,7 +48,7 @@ def open_session(bundle: Bundle | Path | str, *, threads: int | None = None, pro
     """
     check_provider(provider)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    return Session(opened, threads=threads, provider=provider)
+    return Session(opened, threads=threads, provider=provider, keep_graphs=keep_graphs)
 
 
 class Session:
@@ -52,10 +57,11 @@ class Session:
     Make it with `open_session`; it is a context manager.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None, provider: str) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None, provider: str, keep_graphs: bool = True) -> None:
         self.bundle = bundle
         self.threads = threads
         self.provider = provider
+        self.keep_graphs = keep_graphs
         self.spec: DecoderSpec | None = decoder_spec(bundle.manifest)
         self._residents = Residents(bundle)
         self._graphs: dict[str, OrtGraph] = {}
@@ -82,7 +88,7 @@ class Session:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that `use` takes."""
-        return self.bundle.adapter_names
+        return tuple(sorted({*self.bundle.adapter_names, *self._residents.lent}))
 
     @property
     def adapter(self) -> str | dict[str, float] | None:
@@ -116,19 +122,17 @@ class Session:
         bindings = self._bind(self._residents.tensors(key) if key else {}, slots=bool(key))
         self._key, self._bindings = key, bindings
 
-    def use_tensors(self, name: str, tensors: Mapping[str, Array]) -> None:
-        """Make an adapter active that is not in the bundle: to measure it before it is added.
+    def lend(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """Let this session use an adapter that is not in its bundle: to measure it before it is written.
 
         Args:
-            name: what caches remember it by.
+            name: what `use` will know it by.
             tensors: float32 by graph input name, as `bundle.bind` gives them.
 
         Raises:
-            SessionError: if no graph takes one of the tensors.
+            BundleError: if a tensor is none that an adapter of this bundle may set.
         """
-        self._check_open()
-        bindings = self._bind({key: Tensor(value) for key, value in tensors.items()}, slots=True)
-        self._key, self._bindings = ((name, 1.0),), bindings
+        self._residents.lend(name, tensors)
 
     def prepare(self) -> None:
         """Open the graphs that the active adapter needs now instead of at the first run."""
@@ -320,6 +324,11 @@ class Session:
 
     def _bind(self, tensors: Mapping[str, Tensor], *, slots: bool) -> dict[str, Binding]:
         """Return a binding per graph with an adapter's tensors bound where the graph takes them."""
+        if not self.keep_graphs:
+            wanted = {(record.slots if slots else None) or record.plain for record in self._records()}
+            if not wanted.issuperset(self._graphs):
+                self._bindings = {}
+                self._graphs = {name: graph for name, graph in self._graphs.items() if name in wanted}
         bindings = {}
         for role, record in self.bundle.manifest.graphs.items():
             name = record.slots if slots and record.slots is not None else record.plain
@@ -335,6 +344,9 @@ class Session:
                 hint="check the bundle with `edgeadapt verify`",
             )
         return bindings
+
+    def _records(self) -> Sequence[GraphRecord]:
+        return tuple(self.bundle.manifest.graphs.values())
 
     def _main_role(self) -> str:
         return "model" if "model" in self.bundle.manifest.graphs else "decoder"

@@ -144,7 +144,7 @@ def open_text_coder(bundle: Bundle) -> TextCoder:
     except ValueError as error:
         raise SessionError(f"assets/tokenizer.json could not be read: {error}", hint=_VERIFY) from error
     config = read_json_asset(bundle, "tokenizer_config.json")
-    special = _special_tokens(config, read_json_asset(bundle, "special_tokens_map.json"))
+    special = special_tokens_of(config, read_json_asset(bundle, "special_tokens_map.json"))
     # What tokenizer.json says about these is left over from its training and would silently cut or pad a prompt.
     tokenizer.no_truncation()
     padding = tokenizer.padding
@@ -178,7 +178,8 @@ def read_json_asset(bundle: Bundle, name: str) -> dict[str, Any]:
     return value
 
 
-def _special_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
+def special_tokens_of(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
+    """Return special tokens' texts by role ("bos_token"); the tokenizer's config decides over the older map."""
     found = {}
     for source in (special_map, config):
         for role, value in source.items():

@@ -1,0 +1,1 @@
+"""Graph to graph: one file per pass, each changes a model in place."""

@@ -33,7 +33,7 @@ def lower_helpers(model: ir.Model) -> None:
 
 
 def set_defaults(model: ir.Model) -> None:
-    """Make `logits_from` an optional input with default [0]. After fusion: a folding pass would take it for a constant."""
+    """Make `logits_from` an optional input with default [0]; after fusion, which would take it for a constant."""
     for value in model.graph.inputs:
         if value.name == "logits_from":
             value.const_value = ir.tensor(np.zeros(1, np.int64), name="logits_from")

@@ -70,7 +70,7 @@ class _PassThroughCache(Cache):
     """Hands new keys and values straight to the attention, which owns the real cache."""
 
     def __init__(self) -> None:
-        self.layers = []
+        self.layers: list[Any] = []
 
     def update(self, key_states: Any, value_states: Any, *_args: Any, **_kwargs: Any) -> Any:
         return key_states, value_states
@@ -98,7 +98,7 @@ class _Step:
 _STEP = _Step()
 
 
-def _attention(
+def _attention(  # noqa: PLR0917 - transformers calls it so
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -109,7 +109,7 @@ def _attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Emit GroupQueryAttention. query float32[batch, heads, seq, dim]; key, value float32[batch, kv_heads, seq, dim]."""
+    """Emit GroupQueryAttention for query float32[batch, heads, seq, dim], key and value with kv_heads."""
     _refuse_unknown(kwargs)
     batch, heads, seq, dim = query.shape
     kv_heads = key.shape[1]
@@ -141,7 +141,15 @@ def _attention(
     return output.reshape(batch, seq, heads, dim), None
 
 
-_HARMLESS = {"dropout", "is_causal", "output_attentions", "position_ids", "cache_position", "use_cache", "logits_to_keep"}
+_HARMLESS = {
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "logits_to_keep",
+}
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
@@ -162,6 +170,8 @@ class _Decoder(torch.nn.Module):
         self.layers = base.config.num_hidden_layers
         self.rotary = rotary is not None
         if rotary is not None:
+            self.cos_cache: torch.Tensor
+            self.sin_cache: torch.Tensor
             self.register_buffer("cos_cache", rotary[0], persistent=False)
             self.register_buffer("sin_cache", rotary[1], persistent=False)
 
@@ -203,7 +213,7 @@ def traces(base: BaseModel) -> dict[str, Trace]:
     if "logits_to_keep" not in inspect.signature(base.module.forward).parameters:
         raise ExportError(
             f"{type(base.module).__name__} has no logits_to_keep, which the export needs",
-            hint="use a decoder that follows transformers' current conventions (Llama, Qwen, GPT-2, Mistral, Gemma, Phi)",
+            hint="use a decoder that follows transformers' current conventions (Llama, Qwen, GPT-2, Mistral, Phi)",
         )
     shape = generation(base)
     batch, seq, past = 2, 3, 5
@@ -235,8 +245,9 @@ def tracing(base: BaseModel) -> Iterator[None]:
     AttentionInterface.register(ATTENTION, _attention)
     modeling = sys.modules[type(base.module).__module__]
     original = getattr(modeling, "apply_rotary_pos_emb", None)
-    before = base.config._attn_implementation
-    base.config._attn_implementation = ATTENTION
+    # transformers' own switch refuses names that it did not load with.
+    before = base.config._attn_implementation  # noqa: SLF001
+    base.config._attn_implementation = ATTENTION  # noqa: SLF001
     # Looked at before the patch below: afterwards the model's rotary does nothing.
     _STEP.tables = rotary_cache(base, _max_length(base))
     inside = _STEP.tables is not None
@@ -247,7 +258,7 @@ def tracing(base: BaseModel) -> Iterator[None]:
     finally:
         if inside:
             modeling.apply_rotary_pos_emb = original  # type: ignore[attr-defined]
-        base.config._attn_implementation = before
+        base.config._attn_implementation = before  # noqa: SLF001
 
 
 def rotary_cache(base: BaseModel, length: int) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -29,7 +29,7 @@ def claims(base: BaseModel) -> bool:
 def generation(base: BaseModel) -> Generation:
     """Return the caches' shapes and the tokens that start and end a text."""
     config = base.config
-    settings = base.module.generation_config
+    settings: Any = base.module.generation_config
     layers, heads, dim = _decoder_shape(base)
     eos = settings.eos_token_id if settings.eos_token_id is not None else config.eos_token_id
     start = settings.decoder_start_token_id
@@ -54,7 +54,10 @@ def traces(base: BaseModel) -> dict[str, Trace]:
     """Return the traces of roles "encoder" and "decoder"."""
     speech = base.task == "automatic-speech-recognition"
     layers, heads, dim = _decoder_shape(base)
-    return {"encoder": _encoder_trace(base, layers, speech), "decoder": _decoder_trace(base, layers, heads, dim, speech)}
+    return {
+        "encoder": _encoder_trace(base, layers, speech),
+        "decoder": _decoder_trace(base, layers, heads, dim, speech),
+    }
 
 
 def _decoder_shape(base: BaseModel) -> tuple[int, int, int]:
@@ -120,6 +123,7 @@ class _Decoder(torch.nn.Module):
         self.module = base.module
         self.layers = layers
         self.masked = masked
+        self.width = int(base.config.d_model)
 
     def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ids, rest = args[0], list(args[1:])
@@ -129,7 +133,7 @@ class _Decoder(torch.nn.Module):
         cache.is_updated = dict.fromkeys(range(self.layers), True)
         seen = past[0].shape[2]
         # The encoder's states are read only for their length here: keys and values come from the cache.
-        hidden = torch.zeros(ids.shape[0], cross[0].shape[2], self.module.config.d_model)
+        hidden = torch.zeros(ids.shape[0], cross[0].shape[2], self.width)
         arguments: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
         result = self.module(
             encoder_outputs=(hidden,),
