@@ -14,37 +14,75 @@ from itertools import combinations
 TRAIN_SEED, HELD_OUT_SEED = 21, 22
 TRAIN_COUNT = 320
 
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Parts of names and addresses: many, so that copying is learned and not a list; (training, held out).
+FIRST = (
+    _words("Maria John Aisha Peter Yuki Laura Omar Nina Felix Sofia Ravi Emma Jorge Hana Liam Chloe Ivan Zara Paul"),
+    _words("Ingrid Carlos Priya Tom Mei Oskar Leila Bruno Anya Diego"),
+)
+LAST = (
+    _words(
+        "Lopez Smith Khan Novak Tanaka Rossi Haddad Weber Moreau Silva Patel Larsen Kim Okafor Fischer Young Petrov Ali"
+    ),
+    _words("Berg Mendes Nair Becker Chen Kowalski Farah Costa Dubois Marsh"),
+)
+DOMAINS = (
+    _words("acme.com nordwind.org mail.net kato.jp silver.io lab.edu shop.eu post.fr north.ca fastmail.uk"),
+    _words("peakline.com inbox.de berg.no ostra.se green.co"),
+)
+BOXES = (_words("info sales office help team orders"), _words("support press hello"))
+
+
+def _names(held_out: int) -> tuple[str, ...]:
+    return tuple(f"{first} {last}" for first in FIRST[held_out] for last in LAST[held_out])
+
+
+def _emails(held_out: int) -> tuple[str, ...]:
+    boxes = [*BOXES[held_out], *(first.lower() for first in FIRST[held_out]), *(x.lower() for x in LAST[held_out])]
+    return tuple(f"{box}@{domain}" for box in boxes for domain in DOMAINS[held_out])
+
+
 # Field -> (values in training, values in the held-out split); whole numbers are answered as JSON numbers.
 VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "name": (
-        ("Maria Lopez", "John Smith", "Aisha Khan", "Peter Novak", "Yuki Tanaka", "Laura Rossi", "Omar Haddad"),
-        ("Ingrid Berg", "Carlos Mendes", "Priya Nair", "Tom Becker", "Mei Chen"),
-    ),
+    "name": (_names(0), _names(1)),
     "city": (
-        ("Berlin", "Toronto", "Nairobi", "Lyon", "Osaka", "Chicago", "Porto"),
-        ("Helsinki", "Bogota", "Prague", "Sydney", "Ghent"),
+        _words("Berlin Toronto Nairobi Lyon Osaka Chicago Porto Delhi Lima Oslo Boston Cairo Milan Perth Hanoi"),
+        _words("Helsinki Bogota Prague Sydney Ghent Denver Tunis"),
     ),
     "item": (
-        ("lamps", "chairs", "notebooks", "red bikes", "phone cases", "coffee mugs", "tents"),
-        ("backpacks", "steel bottles", "keyboards", "wool socks", "clocks"),
+        (
+            *_words("lamps chairs notebooks tents shirts mirrors batteries carpets pens helmets cables boots shelves"),
+            *("red bikes", "phone cases", "coffee mugs", "wooden spoons", "garden hoses", "blue towels"),
+        ),
+        ("backpacks", "steel bottles", "keyboards", "wool socks", "clocks", "paper bags", "umbrellas"),
     ),
     "company": (
-        ("Acme", "Nordwind", "Bluefin Labs", "Hartmann", "Kato Foods", "Silverline"),
-        ("Ostra Energy", "Peakline", "Greenfield", "Helix Bio"),
+        (
+            *_words("Acme Nordwind Hartmann Silverline Orbit Castor Delphin Vertex Lumen Rivera Quanta"),
+            *("Bluefin Labs", "Kato Foods", "Stone Bank", "Alpine Air", "Maple Works"),
+        ),
+        ("Ostra Energy", "Peakline", "Greenfield", "Helix Bio", "Nova Print"),
     ),
     "topic": (
-        ("the budget", "hiring plans", "the new website", "safety rules", "the spring sale"),
-        ("travel costs", "the office move", "data backups", "the user survey"),
+        (
+            *("the budget", "hiring plans", "the new website", "safety rules", "the spring sale", "data privacy"),
+            *("summer hours", "the test results", "shipping delays", "the annual report", "solar panels"),
+        ),
+        ("travel costs", "the office move", "data backups", "the user survey", "winter tires"),
     ),
     "weekday": (("Monday", "Tuesday", "Thursday", "Saturday"), ("Wednesday", "Friday", "Sunday")),
-    "time": (("9:00", "10:30", "14:15", "16:45", "8:20"), ("11:10", "13:40", "17:05", "7:50")),
-    "email": (
-        ("m.lopez@acme.com", "info@nordwind.org", "john@mail.net", "aisha.k@kato.jp"),
-        ("ingrid@berg.no", "sales@peakline.com", "tom_b@inbox.de"),
+    "time": (
+        tuple(f"{hour}:{minute}" for hour in (8, 9, 10, 14, 16, 18) for minute in ("00", "15", "20", "30", "45")),
+        tuple(f"{hour}:{minute}" for hour in (7, 11, 13, 17) for minute in ("05", "10", "40", "50")),
     ),
-    "quantity": (tuple(str(n) for n in range(2, 60, 3)), tuple(str(n) for n in range(3, 90, 7))),
-    "price": (tuple(str(n) for n in range(10, 900, 35)), tuple(str(n) for n in range(15, 900, 44))),
-    "room": (tuple(str(n) for n in range(101, 140, 3)), tuple(str(n) for n in range(202, 250, 5))),
+    "email": (_emails(0), _emails(1)),
+    "quantity": (tuple(str(n) for n in range(2, 99, 3)), tuple(str(n) for n in range(3, 99, 3))),
+    "price": (tuple(str(n) for n in range(10, 900, 7)), tuple(str(n) for n in range(12, 900, 14))),
+    "room": (tuple(str(n) for n in range(101, 600, 3)), tuple(str(n) for n in range(102, 600, 3))),
 }
 NUMBERS = ("quantity", "price", "room")
 
