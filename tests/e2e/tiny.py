@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,11 +237,18 @@ def build(architecture: Architecture, folder: Path) -> tuple[Path, list[Path]]:
         config = LoraConfig(
             r=rank, lora_alpha=2 * rank, target_modules=targets, modules_to_save=architecture.saved, task_type=None
         )
-        tuned = get_peft_model(fresh, config)
-        with torch.no_grad():
-            for name, parameter in tuned.named_parameters():
-                if "lora_" in name or "modules_to_save" in name:
-                    parameter.copy_(0.2 * torch.randn_like(parameter))
-        adapters.append(folder / f"adapter{index}")
-        tuned.save_pretrained(adapters[-1])
+        adapters.append(save_adapter(fresh, config, folder / f"adapter{index}"))
     return base, adapters
+
+
+def save_adapter(model: Any, config: LoraConfig, folder: Path, name: str = "default") -> Path:
+    """Let peft put an adapter on `model`, give it random values, and save it; return its folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft on Conv1D, tied weights, other class counts: what is tested here
+        tuned = get_peft_model(model, config, adapter_name=name)
+        with torch.no_grad():
+            for parameter in tuned.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        tuned.save_pretrained(folder)
+    return folder if name == "default" else folder / name
