@@ -19,6 +19,7 @@ from edgeadapt.bundle.base import base_fingerprint, target_modules
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.bundle.golden import Golden
 from edgeadapt.bundle.manifest import AdapterRecord, Manifest
+from edgeadapt.bundle.names import check_adapter_name
 from edgeadapt.bundle.verify import Finding
 from edgeadapt.errors import AdapterError, BundleError, EdgeAdaptError
 from edgeadapt.progress import SILENT, Progress
@@ -63,7 +64,9 @@ def add_adapter(
     opened = bundle if isinstance(bundle, Bundle) else bundles.open_bundle(Path(bundle))
     manifest = opened.manifest
     with progress.stage("read the adapter"):
+        bundles.check_takes_adapters(manifest)
         found = one_adapter(Path(adapter), name)
+        check_adapter_name(found.name, manifest.adapters)
         if found.name in manifest.adapters and not force:
             raise BundleError(
                 f"{opened.path} already has an adapter {found.name!r}", hint="choose another --name, or pass --force"

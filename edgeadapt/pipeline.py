@@ -156,9 +156,9 @@ def _read_adapters(recipe: Recipe) -> list[Adapter]:
             f"{recipe.adapters[0]} holds {len(found)} adapters, and merge takes one",
             hint="give the folder of one of them",
         )
-    for adapter in found:
-        check_adapter_name(adapter.name)
     names = [adapter.name for adapter in found]
+    for index, name in enumerate(names):
+        check_adapter_name(name, names[:index])
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise AdapterError(f"two adapters have the name {twice[0]!r}", hint="give each its own with --name")
@@ -345,7 +345,6 @@ def _write_adapters(job: _Job, session: Session, folder: Path) -> dict[str, Adap
 
 def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str, Any]) -> Manifest:
     base, recipe = job.base, job.recipe
-    config = getattr(base.config, "id2label", None) or {}
     return Manifest(
         schema=SCHEMA,
         name=recipe.output.name.removesuffix(".bundle"),
@@ -370,8 +369,17 @@ def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str
         files={},
         runtime={"engine": "onnxruntime", "min_version": MINIMUM_ORT, "opset": OPSET},
         generation=None if graph.generation is None else to_mapping(graph.generation),
-        labels=tuple(str(config[index]) for index in sorted(config)) if "classification" in base.task else (),
+        labels=_labels(job),
     )
+
+
+def _labels(job: _Job) -> tuple[str, ...]:
+    """Return the class names of the base; of the adapter, if one is merged and has names."""
+    if "classification" not in job.base.task:
+        return ()
+    names = getattr(job.base.config, "id2label", None) or {}
+    merged = adapter_record(job.adapters[0], job.resolved[0]).labels if job.recipe.merge else ()
+    return merged or tuple(str(names[index]) for index in sorted(names))
 
 
 def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[dict[str, Any], ...]:
@@ -386,7 +394,17 @@ def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[d
 
     recipe, samples = job.recipe, job.measured
     cases = sample_cases(job.base, samples.texts, samples.arrays)
-    rows = measure_quality(session, _arrays(cases), _references(job, cases), recipe.quantize, labels=samples.labels)
+    rows = measure_quality(
+        session,
+        _arrays(cases),
+        _references(job, cases),
+        recipe.quantize,
+        labels=samples.labels,
+        class_names={
+            resolved.name: adapter_record(adapter, resolved).labels
+            for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
+        },
+    )
     sentence = verdict(rows, calibrated=recipe.calibrate is not None)
     if sentence is not None:
         progress.note(sentence)

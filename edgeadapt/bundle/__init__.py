@@ -1,7 +1,7 @@
 """The bundle, format 1: what an app ships. docs/formats/bundle-1.md is the normative text."""
 
 from edgeadapt.bundle.add import insert_adapter, remove_adapter
-from edgeadapt.bundle.bind import bind, check_inputs
+from edgeadapt.bundle.bind import bind, check_inputs, check_takes_adapters
 from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle, open_bundle
 from edgeadapt.bundle.golden import Golden, check_golden, make_golden
@@ -17,6 +17,7 @@ __all__ = [
     "blend",
     "check_golden",
     "check_inputs",
+    "check_takes_adapters",
     "insert_adapter",
     "make_golden",
     "open_bundle",

@@ -29,11 +29,7 @@ def bind(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
         BundleError: if the bundle has no slot for something that the adapter changes, a shape does not fit, a value
             is not finite, or the adapter changes nothing.
     """
-    if manifest.merged is not None:
-        raise BundleError(
-            f"bundle {manifest.name!r} has no slots: adapter {manifest.merged!r} was merged into it",
-            hint="export without --merge to get a bundle that takes adapters",
-        )
+    check_takes_adapters(manifest)
     slots = {slot.site: slot for slot in manifest.slots}
     modules = {module.path: module for module in manifest.base.modules}
     result: dict[str, Array] = {}
@@ -46,6 +42,19 @@ def bind(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
     if not result:
         raise BundleError(f"adapter {resolved.name!r} changes nothing", hint="check that it was trained and saved")
     return {name: _checked(resolved.name, name, value) for name, value in sorted(result.items())}
+
+
+def check_takes_adapters(manifest: Manifest) -> None:
+    """Refuse a merged bundle: its weights are of no base that an adapter was trained on, and it has no slots.
+
+    Raises:
+        BundleError: if an adapter was merged into it.
+    """
+    if manifest.merged is not None:
+        raise BundleError(
+            f"bundle {manifest.name!r} has no slots: adapter {manifest.merged!r} was merged into it",
+            hint="export without --merge to get a bundle that takes adapters",
+        )
 
 
 def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> ResolvedAdapter:

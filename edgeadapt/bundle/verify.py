@@ -97,6 +97,8 @@ def _check_adapter(bundle: Bundle, name: str, damaged: set[str]) -> list[Finding
         findings.append(Finding(path, error.message))
     except EdgeAdaptError:
         pass  # it cannot be read: reported with its place and size
+    if path in damaged:
+        content = None  # what differs from it is not to blame
     path = f"adapters/{name}/adapter.json"
     try:
         problem = _json_problem(bundle.adapter_json(name), name, bundle.manifest, content)

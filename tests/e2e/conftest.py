@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from tests.e2e.tiny import ARCHITECTURES, build
 from typer.testing import CliRunner, Result
 
 from edgeadapt.cli.app import app
 from edgeadapt.export import export as export_module
 from edgeadapt.export.graph import Graph
+from edgeadapt.merging.fingerprint import stamp_base
+from edgeadapt.merging.load import load_base_model
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
+from tests.e2e.tiny import ARCHITECTURES, build
 
 Invoke = Callable[..., Result]
 Exported = Callable[..., Path]
@@ -76,13 +78,15 @@ def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
-    """Return a function from an architecture's name to its base and adapters, made once. Nobody may change them."""
+    """Return a function from an architecture's name to its base and stamped adapters, made once; not to be changed."""
     made: dict[str, Tiny] = {}
 
     def get(name: str) -> Tiny:
         if name not in made:
             (architecture,) = (item for item in ARCHITECTURES if item.name == name)
             base, (one, two) = build(architecture, tmp_path_factory.mktemp(name))
+            for adapter in (one, two):
+                stamp_base(adapter, load_base_model(base, task=architecture.task))
             made[name] = Tiny(base, (one, two), architecture.task)
         return made[name]
 
@@ -147,7 +151,7 @@ def traced_once(tracing_once: Callable[[], Any]) -> Iterator[None]:
 def exported(
     tiny: Callable[[str], Tiny], tracing_once: Callable[[], Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Exported:
-    """Return a function from an architecture and a recipe's fields to a bundle, made once. Nobody may change it."""
+    """Return a function from an architecture and a recipe's fields to a bundle, made once; not to be changed."""
     made: dict[str, Path] = {}
 
     def get(name: str, **fields: Any) -> Path:

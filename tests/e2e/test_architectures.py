@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.e2e.tiny import ARCHITECTURES, Architecture, build
 
 from edgeadapt.addition import verify_bundle
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
+from tests.e2e.tiny import ARCHITECTURES, Architecture, build
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)

@@ -37,7 +37,7 @@ class Architecture:
 
 def _from(model: str, config: str, **values: Any) -> Callable[[], Any]:
     def build() -> Any:
-        import transformers.models.gemma3 as gemma3
+        from transformers.models import gemma3
 
         config_class = getattr(transformers, config, None) or getattr(gemma3, config)
         model_class = getattr(transformers, model, None) or getattr(gemma3, model)
@@ -226,7 +226,7 @@ def build(architecture: Architecture, folder: Path) -> tuple[Path, list[Path]]:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.1 * torch.randn_like(parameter)
+                parameter.add_(0.1 * torch.randn_like(parameter))
     base = folder / "base"
     model.save_pretrained(base)
     adapters = []
