@@ -46,6 +46,8 @@ def measure_quality(
     references: Mapping[str | None, Sequence[Mapping[str, Array]]],
     scheme: str,
     labels: Sequence[Label] | None = None,
+    *,
+    class_names: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[QualityRow, ...]:
     """Return a row for every adapter in `references`, in that order.
 
@@ -55,6 +57,8 @@ def measure_quality(
         references: the original's outputs for each case, by adapter name; None for the base.
         scheme: how the graph was quantized, for the rows.
         labels: the right class of each case, an index or a name that the adapter or the base has for it.
+        class_names: an adapter's class names in the order of their indices, for adapters that the session's bundle
+            does not hold yet.
 
     Raises:
         QuantizeError: if there is nothing to compare, or labels do not go with the cases.
@@ -67,7 +71,7 @@ def measure_quality(
     rows = []
     for adapter, expected in references.items():
         session.use(adapter)
-        classes = None if labels is None else _classes(session, adapter, labels)
+        classes = None if labels is None else _classes(session, adapter, labels, class_names or {})
         rows.append(_row(session, cases, expected, (adapter, scheme), classes))
     session.use(None)
     return tuple(rows)
@@ -106,11 +110,13 @@ def _row(
     )
 
 
-def _classes(session: Any, adapter: str | None, labels: Sequence[Label]) -> list[int | None]:
+def _classes(
+    session: Any, adapter: str | None, labels: Sequence[Label], class_names: Mapping[str, Sequence[str]]
+) -> list[int | None]:
     """Return the class index of every label, None where only the base is asked for a name that it does not know."""
     manifest = session.bundle.manifest
-    names = manifest.adapters[adapter].labels if adapter in manifest.adapters else ()
-    names = names or manifest.labels
+    stored = manifest.adapters[adapter].labels if adapter in manifest.adapters else ()
+    names = (class_names.get(adapter) if adapter is not None else None) or stored or manifest.labels
     indices = {name: index for index, name in enumerate(names)}
     found = [label if isinstance(label, int) else indices.get(label) for label in labels]
     unknown = next((label for label, index in zip(labels, found, strict=True) if index is None), None)

@@ -62,6 +62,15 @@ def test_accuracy_where_labels_are_given(session):
     assert by_index.accuracy == 0.75
 
 
+def test_class_names_of_an_adapter_that_is_only_lent(session):
+    values = np.array([[[1, 0]], [[0, 1]]], np.float32)
+    cases, references = [{"x": value} for value in values], {"b": [{"logits": v} for v in values]}
+    (row,) = measure_quality(
+        Classifier(session), cases, references, "int8", labels=["up", "down"], class_names={"b": ("up", "down")}
+    )
+    assert (row.accuracy, row.reference_accuracy) == (1.0, 1.0)
+
+
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
