@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from edgeadapt.export.graph import Graph
 from edgeadapt.merging.fingerprint import stamp_base
 from edgeadapt.merging.load import load_base_model
 from edgeadapt.pipeline import export_bundle
-from edgeadapt.recipe import Recipe
+from edgeadapt.recipe import Recipe, read_recipe
 from tests.e2e.tiny import ARCHITECTURES, build
 
 Invoke = Callable[..., Result]
@@ -36,6 +37,15 @@ class Tiny:
     base: Path
     adapters: tuple[Path, Path]
     task: str
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A bundle that a shipped recipe made: its folder, `export --json`, and what people were told."""
+
+    path: Path
+    summary: Mapping[str, Any]
+    told: str
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -178,6 +188,30 @@ def copied(exported: Exported, tmp_path: Path) -> Exported:
 
     def get(name: str, **fields: Any) -> Path:
         return Path(shutil.copytree(exported(name, **fields), tmp_path / f"{name}.bundle"))
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def shipped(root: Path, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Shipped]:
+    """Return a function from a shipped recipe of a real model to its bundle, made once; not to be changed."""
+    made: dict[str, Shipped] = {}
+
+    def get(name: str) -> Shipped:
+        if name not in made:
+            # The recipe says where scripts/fetch-models puts the base; EDGEADAPT_MODELS may have moved all of them.
+            base = models / Path(read_recipe(name).base).resolve().relative_to(root / "models")
+            output = tmp_path_factory.mktemp("recipes") / f"{name}.bundle"
+            done = subprocess.run(
+                [sys.executable, "-m", "edgeadapt", "export", "--recipe", name, "--base", base, "-o", output, "--json"],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=output.parent,  # a recipe's paths are its own, not the caller's
+            )
+            assert done.returncode == 0, done.stderr
+            made[name] = Shipped(output, json.loads(done.stdout), done.stderr)
+        return made[name]
 
     return get
 
