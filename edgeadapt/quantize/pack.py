@@ -174,7 +174,8 @@ def _lower(
         elif node.op_type == ADAPTER_SITE:
             site = node.attributes["site"].as_string()
             terms = wanted.get(site, frozenset())
-            result = lowering.site(node, site, terms, modules) if terms else _given(node, 1)
+            varies = f"{site}.weight" in flexible & replaced
+            result = lowering.site(node, site, terms, modules, varies=varies) if terms else _given(node, 1)
         else:
             raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
         _replace(graph, node, result)
@@ -230,39 +231,43 @@ class _Lowering:
             self.parameters[name] = self._input(name, value, shape)
         return self.parameters[name]
 
-    def site(self, node: ir.Node, site: str, terms: frozenset[str], modules: Mapping[str, TargetModule]) -> ir.Value:
-        """Return y' = (y + (x A) B) * gain + offset for the terms in use."""
+    def site(
+        self, node: ir.Node, site: str, terms: frozenset[str], modules: Mapping[str, TargetModule], *, varies: bool
+    ) -> ir.Value:
+        """Return y' = (y + (x A) B) * gain + offset for the terms in use.
+
+        Where the number of outputs `varies` (a head that another adapter replaces), the defaults have one output, which
+        stands for any number.
+        """
         module = modules[site]
         inputs = self.sites.setdefault(site, {})
         x, y = _given(node, 0), _given(node, 1)
         nodes: list[ir.Node] = []
         if "a" in terms:
-            a, b = self._low_rank_inputs(site, module, inputs)
+            a, b = self._low_rank_inputs(site, module, inputs, varies=varies)
             nodes += _low_rank(x, a, b, module, modules_conv(node, module))
             y = _append(nodes, "Add", [y, nodes[-1].outputs[0]])
         for term, op, default in (("gain", "Mul", np.ones), ("offset", "Add", np.zeros)):
             if term in terms:
-                shape = [module.out_features]
-                vector = inputs.get(term) or self._input(f"{site}.{term}", default(shape, np.float32), list(shape))
-                inputs[term] = vector
+                if term not in inputs:
+                    size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
+                    inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), [axis])
+                vector = inputs[term]
                 y = _append(nodes, op, [y, _per_channel(nodes, vector, module)])
         self.graph.insert_before(node, nodes)
         return y
 
     def _low_rank_inputs(
-        self, site: str, module: TargetModule, inputs: dict[str, ir.Value]
+        self, site: str, module: TargetModule, inputs: dict[str, ir.Value], *, varies: bool
     ) -> tuple[ir.Value, ir.Value]:
         if "a" not in inputs:
-            rank = f"{site}.rank"
-            a, b = _low_rank_shapes(module)
-            inputs["a"] = self._input(
-                f"{site}.lora_A", np.zeros([0 if d is None else d for d in a], np.float32), [d or rank for d in a]
-            )
-            inputs["b"] = self._input(
-                f"{site}.lora_B",
-                np.zeros([0 if d is None else d for d in b], np.float32),
-                [d or rank for d in b],
-            )
+            sizes = {"rank": 0, "out": 1 if varies else module.out_features}
+            axes = {"rank": f"{site}.rank", "out": f"{site}.out" if varies else module.out_features}
+            for term, name, shape in zip("ab", ("lora_A", "lora_B"), _low_rank_shapes(module), strict=True):
+                default = np.zeros([sizes[d] if isinstance(d, str) else d for d in shape], np.float32)
+                inputs[term] = self._input(
+                    f"{site}.{name}", default, [axes[d] if isinstance(d, str) else d for d in shape]
+                )
         return inputs["a"], inputs["b"]
 
     def _input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str]) -> ir.Value:
@@ -273,11 +278,11 @@ class _Lowering:
         return value
 
 
-def _low_rank_shapes(module: TargetModule) -> tuple[list[int | None], list[int | None]]:
-    """Return the shapes of A and B with None for the rank."""
+def _low_rank_shapes(module: TargetModule) -> tuple[list[int | str], list[int | str]]:
+    """Return the shapes of A and B with "rank" and "out" for those sizes."""
     if module.type == "conv2d":
-        return [None, module.in_features, *module.weight_shape[2:]], [module.out_features, None, 1, 1]
-    return [module.in_features, None], [None, module.out_features]
+        return ["rank", module.in_features, *module.weight_shape[2:]], ["out", "rank", 1, 1]
+    return [module.in_features, "rank"], ["rank", "out"]
 
 
 def _append(nodes: list[ir.Node], op: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Value:
