@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from agreement import agreement
 from child import resident_bytes, serve
 
-STATE: dict[str, Any] = {}
+STATE: dict[Any, Any] = {}
 
 
 def load(path: str, threads: int, adapter: str | None) -> dict[str, Any]:
@@ -26,27 +27,46 @@ def load(path: str, threads: int, adapter: str | None) -> dict[str, Any]:
     return {"load_s": seconds, "resident_bytes": resident_bytes(), "onnxruntime": version("onnxruntime")}
 
 
-def use(active: bool) -> dict[str, Any]:
-    """Make the adapter active, or none."""
-    started = time.perf_counter()
-    STATE["session"].use(STATE["adapter"] if active else None)
-    return {"use_s": time.perf_counter() - started}
-
-
-def run(prompt: list[int], steps: int) -> dict[str, Any]:
-    """Prefill `prompt`, then decode greedily `steps` tokens after the first."""
+def prefill(active: bool, prompt: list[int], room: int) -> dict[str, Any]:
+    """Read `prompt` into a new cache with `room` more places; the adapter is active if `active`."""
     session = STATE["session"]
-    cache = session.new_cache(1, len(prompt) + steps + 1)
+    started = time.perf_counter()
+    session.use(STATE["adapter"] if active else None)
+    use_s = time.perf_counter() - started
+    cache = session.new_cache(1, len(prompt) + room)
     started = time.perf_counter()
     logits = session.step(np.asarray([prompt], dtype=np.int64), cache, logits="last")
-    tokens = [int(logits[0, -1].argmax())]
-    prefill = time.perf_counter() - started
+    token = int(logits[0, -1].argmax())
+    seconds = time.perf_counter() - started
+    STATE[active] = (cache, token)
+    return {"prefill_s": seconds, "use_s": use_s, "token": token}
+
+
+def decode(active: bool, steps: int) -> dict[str, Any]:
+    """Go on where the last request with the same `active` stopped: one step untimed, then `steps` timed, greedy."""
+    session, (cache, token) = STATE["session"], STATE[active]
+    session.use(STATE["adapter"] if active else None)
+    tokens = [_next(session, cache, token)]
     started = time.perf_counter()
     for _ in range(steps):
-        logits = session.step(np.asarray([[tokens[-1]]], dtype=np.int64), cache, logits="last")
-        tokens.append(int(logits[0, -1].argmax()))
-    return {"prefill_s": prefill, "decode_s": time.perf_counter() - started, "tokens": tokens}
+        tokens.append(_next(session, cache, tokens[-1]))
+    seconds = time.perf_counter() - started
+    STATE[active] = (cache, tokens[-1])
+    return {"decode_s": seconds, "tokens": tokens}
+
+
+def quality(active: bool, prompt: list[int], reference: str) -> dict[str, Any]:
+    """Compare the logits at every position of `prompt` with the reference file's."""
+    session = STATE["session"]
+    session.use(STATE["adapter"] if active else None)
+    cache = session.new_cache(1, len(prompt))
+    logits = session.step(np.asarray([prompt], dtype=np.int64), cache, logits="all")
+    return agreement(np.load(reference), logits[0])
+
+
+def _next(session: Any, cache: Any, token: int) -> int:
+    return int(session.step(np.asarray([[token]], dtype=np.int64), cache, logits="last")[0, -1].argmax())
 
 
 if __name__ == "__main__":
-    serve({"load": load, "use": use, "run": run})
+    serve({"load": load, "prefill": prefill, "decode": decode, "quality": quality})

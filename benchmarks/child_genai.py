@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime_genai as og
+from agreement import agreement
 from child import resident_bytes, serve
 
-STATE: dict[str, Any] = {"active": False}
+STATE: dict[Any, Any] = {}
 
 
 def load(path: str, threads: int, adapter: str | None) -> dict[str, Any]:
@@ -32,34 +34,47 @@ def load(path: str, threads: int, adapter: str | None) -> dict[str, Any]:
     return {"load_s": seconds, "resident_bytes": resident, "onnxruntime-genai": version("onnxruntime-genai")}
 
 
-def use(active: bool) -> dict[str, Any]:
-    """Make the adapter active, or none; genai needs a new generator for it, which `run` makes anyway."""
-    if active and "slots" not in STATE:
-        raise RuntimeError("no slots model was loaded")
-    STATE["active"] = active
-    return {"use_s": None}
-
-
-def run(prompt: list[int], steps: int) -> dict[str, Any]:
-    """Prefill `prompt`, then decode greedily `steps` tokens after the first."""
-    model = STATE["slots" if STATE["active"] else "plain"]
-    parameters = og.GeneratorParams(model)
-    parameters.set_search_options(max_length=len(prompt) + steps + 1, do_sample=False)
-    generator = og.Generator(model, parameters)
-    if STATE["active"]:
-        generator.set_active_adapter(STATE["adapters"], STATE["adapter"])
+def prefill(active: bool, prompt: list[int], room: int) -> dict[str, Any]:
+    """Read `prompt` into a new generator with `room` more places; the adapter is active if `active`."""
+    generator = _generator(active, len(prompt) + room)
     started = time.perf_counter()
     generator.append_tokens(prompt)
+    generator.generate_next_token()  # only picks the token: append_tokens has the logits
+    seconds = time.perf_counter() - started
+    STATE[active] = generator
+    return {"prefill_s": seconds, "use_s": None, "token": int(generator.get_next_tokens()[0])}
+
+
+def decode(active: bool, steps: int) -> dict[str, Any]:
+    """Go on where the last request with the same `active` stopped: one step untimed, then `steps` timed, greedy."""
+    generator = STATE[active]
+    before = len(generator.get_sequence(0))
     generator.generate_next_token()
-    prefill = time.perf_counter() - started
     started = time.perf_counter()
     for _ in range(steps):
         generator.generate_next_token()
     seconds = time.perf_counter() - started
-    tokens = [int(t) for t in generator.get_sequence(0)[len(prompt) :]]
+    tokens = [int(token) for token in generator.get_sequence(0)[before:]]
     if len(tokens) != steps + 1:
         raise RuntimeError(f"{len(tokens)} tokens instead of {steps + 1}")
-    return {"prefill_s": prefill, "decode_s": seconds, "tokens": tokens}
+    return {"decode_s": seconds, "tokens": tokens}
+
+
+def quality(active: bool, prompt: list[int], reference: str) -> dict[str, Any]:
+    """Compare the logits at every position of `prompt` with the reference file's."""
+    generator = _generator(active, len(prompt) + 1)
+    generator.append_tokens(prompt)
+    return agreement(np.load(reference), np.asarray(generator.get_output("logits"))[0])
+
+
+def _generator(active: bool, max_length: int) -> Any:
+    model = STATE["slots" if active else "plain"]
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=max_length, do_sample=False)
+    generator = og.Generator(model, parameters)
+    if active:
+        generator.set_active_adapter(STATE["adapters"], STATE["adapter"])
+    return generator
 
 
 def _model(folder: Path, threads: int) -> Any:
@@ -71,4 +86,4 @@ def _model(folder: Path, threads: int) -> Any:
 
 
 if __name__ == "__main__":
-    serve({"load": load, "use": use, "run": run})
+    serve({"load": load, "prefill": prefill, "decode": decode, "quality": quality})

@@ -5,8 +5,9 @@
 
 Builds what is missing: bundles (unless --bundle names them), an environment for onnxruntime-genai (its builder needs
 transformers 5, which edgeadapt's exporter cannot live with), its models, and slots for the LoRA in its graphs. Each
-side is a child process; the parent asks them in turn (A B C ..., then rotated), so that whatever else the machine does
-hits all of them. A step that fails is recorded in the result with its message, and the rest goes on.
+side is a child process; the parent asks them in turn, 16 decoded tokens at a time, and rotates the order every round,
+so that whatever else the machine does hits all of them. Speed is worth nothing without quality, so each side's logits
+are compared with torch's in float32 too. A step that fails is recorded in the result, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent
 GENAI = ("onnxruntime-genai==0.18.0", "onnxruntime==1.32.0", "transformers==5.23.0", "onnx==1.23.2", "onnx-ir==1.1.0")
 TORCH = "torch==2.13.0"
-PREFILL_TOKENS, PROMPT_TOKENS, STEPS = 512, 128, 128
+PREFILL_TOKENS, PROMPT_TOKENS = 512, 128
+CHUNKS, CHUNK_STEPS = 8, 16  # decoded tokens a round and side: 8 x 16, in turns
+METRICS = ("decode_tokens_per_s", "prefill_tokens_per_s")
 
 
 @dataclass
@@ -43,6 +46,7 @@ class Side:
     info: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     tokens: dict[str, list[int]] = field(default_factory=dict)
+    quality: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """One request, one answer; RuntimeError if the child reports or dies."""
@@ -67,8 +71,11 @@ def main() -> None:
     if not sides:
         sys.exit(f"nothing to measure: {json.dumps(failures, indent=2)}")
     load_before = os.getloadavg()
+    cells = [Cell(side, state) for side in sides for state in ("base", "adapter") if state == "base" or side.adapter]
     try:
-        _measure(sides, _prompt(sides, args), args.rounds, failures)
+        prompt = _prompt(sides, args)
+        _measure_quality(cells, prompt[:PROMPT_TOKENS], args, failures)
+        _measure_speed(cells, prompt, args.rounds, failures)
     finally:
         for side in sides:
             if side.process and side.process.stdin:
@@ -167,28 +174,75 @@ def _prompt(sides: list[Side], args: argparse.Namespace) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False).ids[:PREFILL_TOKENS])
 
 
-def _measure(sides: list[Side], prompt: list[int], rounds: int, failures: list[dict[str, str]]) -> None:
-    cells = [(side, state) for side in sides for state in ("base", "adapter") if state == "base" or side.adapter]
+def _measure_quality(
+    cells: list[Cell], prompt: list[int], args: argparse.Namespace, failures: list[dict[str, str]]
+) -> None:
+    folder, ids = args.work / f"reference-{args.adapter.name}", args.work / "prompt.json"
+    ids.write_text(json.dumps(prompt), encoding="utf-8")
+    script = [sys.executable, str(HERE / "reference_logits.py"), args.base, str(args.adapter), str(ids), str(folder)]
+    if not _build("float32 reference", script, failures):
+        return
+    for cell in cells:
+        cell.quality(prompt, folder / f"{cell.state}.npy", failures)
+
+
+def _measure_speed(cells: list[Cell], prompt: list[int], rounds: int, failures: list[dict[str, str]]) -> None:
     for number in range(-1, rounds):  # round -1 warms up and is not kept
         turn = cells[number % len(cells) :] + cells[: number % len(cells)]
-        for side, state in turn:
-            if side.info.get(f"failed {state}"):
-                continue
-            try:
-                side.ask(do="use", active=state == "adapter")
-                long = side.ask(do="run", prompt=prompt, steps=1)
-                short = side.ask(do="run", prompt=prompt[:PROMPT_TOKENS], steps=STEPS)
-            except RuntimeError as error:
-                side.info[f"failed {state}"] = True
-                failures.append({"step": f"run {side.name}, {state}", "message": str(error)})
-                continue
-            if number < 0:
-                continue
-            kept = side.samples.setdefault(state, {"decode_tokens_per_s": [], "prefill_tokens_per_s": []})
-            kept["decode_tokens_per_s"].append(STEPS / short["decode_s"])
-            kept["prefill_tokens_per_s"].append(len(prompt) / long["prefill_s"])
-            side.tokens[state] = short["tokens"]
+        for cell in turn:
+            cell.prefill(prompt, 1, failures, keep=number >= 0)
+        for cell in turn:
+            cell.prefill(prompt[:PROMPT_TOKENS], CHUNKS * (CHUNK_STEPS + 1) + 1, failures, keep=False)
+        for _ in range(CHUNKS):
+            for cell in turn:
+                cell.decode(failures, keep=number >= 0)
         print(f"round {number + 1} of {rounds}", file=sys.stderr)
+
+
+@dataclass
+class Cell:
+    """One side in one state, which takes its turn with the others; out of the game after its first failure."""
+
+    side: Side
+    state: str
+    failed: bool = False
+
+    def prefill(self, prompt: list[int], room: int, failures: list[dict[str, str]], *, keep: bool) -> None:
+        """Read a prompt; afterwards the side can decode `room` - 1 tokens in this state."""
+        answer = self._ask(failures, do="prefill", active=self.state == "adapter", prompt=prompt, room=room)
+        if answer:
+            self.side.tokens[self.state] = [answer["token"]]
+            if keep:
+                self._keep("prefill_tokens_per_s", len(prompt) / answer["prefill_s"])
+
+    def decode(self, failures: list[dict[str, str]], *, keep: bool) -> None:
+        """Decode one chunk."""
+        answer = self._ask(failures, do="decode", active=self.state == "adapter", steps=CHUNK_STEPS)
+        if answer:
+            self.side.tokens[self.state] += answer["tokens"]
+            if keep:
+                self._keep("decode_tokens_per_s", CHUNK_STEPS / answer["decode_s"])
+
+    def quality(self, prompt: list[int], reference: Path, failures: list[dict[str, str]]) -> None:
+        """Compare logits with the reference's."""
+        request = {"active": self.state == "adapter", "prompt": prompt, "reference": str(reference)}
+        answer = self._ask(failures, do="quality", **request)
+        if answer:
+            self.side.quality[self.state] = answer
+
+    def _keep(self, metric: str, value: float) -> None:
+        self.side.samples.setdefault(self.state, {}).setdefault(metric, []).append(value)
+
+    def _ask(self, failures: list[dict[str, str]], **request: Any) -> dict[str, Any] | None:
+        if self.failed:
+            return None
+        try:
+            return self.side.ask(**request)
+        except RuntimeError as error:
+            self.failed = True
+            self.side.samples.pop(self.state, None)
+            failures.append({"step": f"{request['do']} {self.side.name}, {self.state}", "message": str(error)})
+            return None
 
 
 def _result(
@@ -198,7 +252,7 @@ def _result(
     ratios: dict[str, Any] = {}
     for side in sides:
         if {"base", "adapter"} <= side.samples.keys():
-            for metric in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+            for metric in METRICS:
                 # tax = time with the adapter / time without - 1
                 ratio = ratio_summary(side.samples["base"][metric], side.samples["adapter"][metric])
                 ratios[f"{side.name}: time with adapter / base, {metric.split('_')[0]}"] = ratio
@@ -206,7 +260,7 @@ def _result(
         ours, theirs = by_name.get(f"edgeadapt {scheme}"), by_name.get(f"genai {scheme}")
         for state in ("base", "adapter"):
             if ours and theirs and state in ours.samples and state in theirs.samples:
-                for metric in ("decode_tokens_per_s", "prefill_tokens_per_s"):
+                for metric in METRICS:
                     ratio = ratio_summary(ours.samples[state][metric], theirs.samples[state][metric])
                     ratios[f"edgeadapt {scheme} / genai {scheme}, {state}, {metric}"] = ratio
     return {
@@ -219,14 +273,15 @@ def _result(
             "adapter": args.adapter.name,
             "prefill_tokens": PREFILL_TOKENS,
             "prompt_tokens": PROMPT_TOKENS,
-            "decode_steps": STEPS,
+            "decode_chunks_per_round": CHUNKS,
+            "decode_steps_per_chunk": CHUNK_STEPS,
         },
         "sides": {
             side.name: {
                 "info": side.info,
                 "states": {
                     state: {metric: summary(values) for metric, values in metrics.items()}
-                    | {"samples": metrics, "greedy_tokens": side.tokens[state]}
+                    | {"samples": metrics, "greedy_tokens": side.tokens[state], "quality": side.quality.get(state)}
                     for state, metrics in side.samples.items()
                 },
             }
@@ -246,16 +301,21 @@ def _host() -> dict[str, Any]:
     return {"machine": platform.machine(), "cpu": names[0] if names else None, "cores": os.cpu_count()}
 
 
+def _cell(figures: dict[str, Any], metric: str) -> str:
+    return "{median:6.1f} ({quartile1:.1f}-{quartile3:.1f})".format(**figures[metric])
+
+
 def _print(result: dict[str, Any]) -> None:
     for name, side in result["sides"].items():
         for state, figures in side["states"].items():
-            decode, prefill = figures["decode_tokens_per_s"], figures["prefill_tokens_per_s"]
+            cells = [_cell(figures, metric) for metric in METRICS]
+            quality = figures["quality"] or {"mean_kl": float("nan"), "top1": float("nan")}
             print(
-                f"{name:16} {state:8} decode {decode['median']:7.1f} ({decode['min']:.1f}-{decode['max']:.1f}) tok/s  "
-                f"prefill {prefill['median']:7.0f} ({prefill['min']:.0f}-{prefill['max']:.0f}) tok/s"
+                f"{name:16} {state:8} decode {cells[0]} tok/s  prefill {cells[1]} tok/s  "
+                f"KL {quality['mean_kl']:.4f}  top-1 {quality['top1']:.1%}"
             )
     for name, ratio in result["ratios"].items():
-        print(f"{name}: {ratio['median']:.3f} ({ratio['min']:.3f}-{ratio['max']:.3f})")
+        print(f"{name}: {ratio['median']:.3f} ({ratio['quartile1']:.3f}-{ratio['quartile3']:.3f})")
     for failure in result["failures"]:
         print(f"FAILED {failure['step']}: {failure['message'][-300:]}")
 

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, quantiles
 
 
 def summary(samples: Sequence[float]) -> dict[str, float | int]:
-    """Median, smallest, largest and count."""
-    return {"median": median(samples), "min": min(samples), "max": max(samples), "n": len(samples)}
+    """Median, quartiles (of two samples or more), smallest, largest and count."""
+    first, _, third = quantiles(samples, method="inclusive") if len(samples) > 1 else (samples[0],) * 3
+    return {
+        "median": median(samples),
+        "quartile1": first,
+        "quartile3": third,
+        "min": min(samples),
+        "max": max(samples),
+        "n": len(samples),
+    }
 
 
 def ratio_summary(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, float | int]:

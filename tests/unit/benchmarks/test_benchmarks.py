@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 
 CHILD = """
 import sys
@@ -53,7 +54,14 @@ def test_a_child_answers_each_line_and_survives_a_failure(root: Path) -> None:
 
 def test_ratios_are_of_pairs_not_of_medians(root: Path) -> None:
     statistics_of = load(root, "statistics_of")
-    assert statistics_of.summary([3.0, 1.0, 8.0]) == {"median": 3.0, "min": 1.0, "max": 8.0, "n": 3}
+    assert statistics_of.summary([3.0, 1.0, 8.0, 4.0, 2.0]) == {
+        "median": 3.0,
+        "quartile1": 2.0,
+        "quartile3": 4.0,
+        "min": 1.0,
+        "max": 8.0,
+        "n": 5,
+    }
     # Both sides slow down together in round two: the ratio does not move.
     assert statistics_of.ratio_summary([4.0, 2.0, 8.0], [2.0, 1.0, 4.0])["min"] == 2.0
     assert statistics_of.ratio_summary([4.0, 2.0, 8.0], [2.0, 1.0, 4.0])["max"] == 2.0
@@ -68,3 +76,14 @@ def test_packed_adapters_compute_what_the_separate_ones_do(root: Path) -> None:
     packed = (x @ np.concatenate(downs, axis=1)) @ slots._block_diagonal(ups)
     separate = np.concatenate([x @ a @ b for a, b in zip(downs, ups, strict=True)], axis=1)
     np.testing.assert_allclose(packed, separate, rtol=0, atol=1e-5)  # float32 sums of 8 products
+
+
+def test_agreement_is_zero_kl_for_equal_logits_and_known_for_known_ones(root: Path) -> None:
+    agreement = load(root, "agreement").agreement
+    even, sure = np.log(np.array([[0.5, 0.5]], np.float32)), np.log(np.array([[0.25, 0.75]], np.float32))
+    assert agreement(even, even + 3) == {"mean_kl": 0.0, "max_kl": 0.0, "top1": 1.0, "positions": 1}
+    # 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75)
+    np.testing.assert_allclose(agreement(even, sure)["mean_kl"], 0.143841, atol=1e-6)
+    assert agreement(even, sure)["top1"] == 0.0
+    with pytest.raises(ValueError, match=r"logits \[1, 2\] cannot be compared with the reference's \[2, 2\]"):
+        agreement(np.zeros((2, 2), np.float32), even)
