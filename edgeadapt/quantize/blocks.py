@@ -104,9 +104,7 @@ def encode(groups: Float, scales: Float, zeros: Float, bits: int) -> Codes:
     return np.asarray(np.clip(codes, 0, 2**bits - 1), np.uint8)
 
 
-def grid(
-    groups: Float, bits: int, *, symmetric: bool, search: bool = False, importance: Float | None = None
-) -> tuple[Float, Float]:
+def grid(groups: Float, bits: int, *, symmetric: bool, search: bool = False) -> tuple[Float, Float]:
     """Return scales and zero points float32[...] (whole numbers) for groups float32[..., n].
 
     Args:
@@ -114,18 +112,17 @@ def grid(
         bits: 4 or 8.
         symmetric: zero points are 2^(bits - 1).
         search: among ranges narrowed in steps of 2.5 %, take the one with the least squared error.
-        importance: float32[n], weights of the squared errors.
     """
     low = np.minimum(groups.min(-1), 0)
     high = np.maximum(groups.max(-1), 0)
     scales, zeros = _grid_of_range(low, high, bits, symmetric=symmetric)
     if not search:
         return scales, zeros
-    least = _error(groups, scales, zeros, bits, importance)
+    least = _error(groups, scales, zeros, bits)
     for percent in range(975, 600, -25):
         shrink = np.float32(percent / 1000)
         trial_scales, trial_zeros = _grid_of_range(low * shrink, high * shrink, bits, symmetric=symmetric)
-        error = _error(groups, trial_scales, trial_zeros, bits, importance)
+        error = _error(groups, trial_scales, trial_zeros, bits)
         better = error < least
         np.copyto(least, error, where=better)
         np.copyto(scales, trial_scales, where=better)
@@ -151,13 +148,11 @@ def _nonzero(scales: NDArray[Any]) -> Float:
     return np.asarray(np.where(np.abs(scales) < np.float32(1e-30), np.float32(1), scales), np.float32)
 
 
-def _error(groups: Float, scales: Float, zeros: Float, bits: int, importance: Float | None) -> Float:
+def _error(groups: Float, scales: Float, zeros: Float, bits: int) -> Float:
     codes = groups / scales[..., None]
     np.rint(codes, out=codes)
     np.clip(codes, -zeros[..., None], (2**bits - 1) - zeros[..., None], out=codes)
     codes *= scales[..., None]
     codes -= groups
     np.square(codes, out=codes)
-    if importance is not None:
-        codes *= importance
     return np.asarray(codes.sum(-1), np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.quantize.blocks import round_to_nearest
-from edgeadapt.quantize.gptq import inverse_factor, round_with_feedback
+from edgeadapt.quantize.gptq import Inverse, invert, round_with_feedback
 from edgeadapt.quantize.rewrite import use_blocks
 from edgeadapt.quantize.scheme import Settings, Stored
 from edgeadapt.quantize.weights import Weight
@@ -49,14 +49,14 @@ def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     if settings.moment is None:
         blocks = round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
         return Stored(use_blocks(uses, blocks), "nearest")
-    blocks = round_with_feedback(matrix, _factor(settings.moment, settings.memory), 4, settings.block_size)
+    blocks = round_with_feedback(matrix, _inverse(settings.moment, settings.memory), 4, settings.block_size)
     return Stored(use_blocks(uses, blocks), "feedback")
 
 
-def _factor(moment: NDArray[np.float32], memory: dict[str, Any]) -> NDArray[np.float32]:
-    """Return the moment's inverse factor, the last one again for layers that share their input's moment."""
-    last = memory.get("factor")
+def _inverse(moment: NDArray[np.float32], memory: dict[str, Any]) -> Inverse:
+    """Return the moment's inverse, the last one again for layers that share their input's moment."""
+    last = memory.get("inverse")
     if last is None or last[0] is not moment:
-        last = memory["factor"] = (moment, inverse_factor(moment))
-    found: NDArray[np.float32] = last[1]
+        last = memory["inverse"] = (moment, invert(moment))
+    found: Inverse = last[1]
     return found

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgeadapt.quantize.blocks import round_to_nearest
-from edgeadapt.quantize.gptq import inverse_factor, round_with_feedback
+from edgeadapt.quantize.gptq import invert, round_with_feedback
 
 
 def _layer(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -23,8 +23,10 @@ def _loss(weight: np.ndarray, rounded: np.ndarray, moment: np.ndarray) -> float:
 
 def test_the_factor_is_that_of_the_inverse():
     _, moment = _layer(4, 48)
-    factor = inverse_factor(moment, 0.01).astype(np.float64)
-    damped = moment + 0.01 * np.trace(moment) / 48 * np.eye(48)
+    inverse = invert(moment, 0.01)
+    assert (np.diff(np.diagonal(moment)[inverse.order]) <= 0).all()
+    factor = inverse.factor.astype(np.float64)
+    damped = (moment + 0.01 * np.trace(moment) / 48 * np.eye(48))[np.ix_(inverse.order, inverse.order)]
     assert np.allclose(factor.T @ factor @ damped, np.eye(48), atol=1e-3)
     assert np.array_equal(factor, np.triu(factor))
 
@@ -33,7 +35,7 @@ def test_the_factor_is_that_of_the_inverse():
 def test_feedback_makes_up_for_most_of_the_output_error(columns):
     weight, moment = _layer(64, columns)
     nearest = round_to_nearest(weight, 4, 32, symmetric=False, search=True)
-    fed_back = round_with_feedback(weight, inverse_factor(moment), 4, 32)
+    fed_back = round_with_feedback(weight, invert(moment), 4, 32)
     assert _loss(weight, fed_back.dequantize(), moment) < 0.4 * _loss(weight, nearest.dequantize(), moment)
     assert fed_back.codes.shape == nearest.codes.shape
     assert fed_back.codes.max() <= 15
@@ -41,16 +43,16 @@ def test_feedback_makes_up_for_most_of_the_output_error(columns):
 
 def test_inputs_that_are_independent_leave_rounding_to_nearest():
     weight = np.random.default_rng(0).standard_normal((16, 64)).astype(np.float32)
-    fed_back = round_with_feedback(weight, inverse_factor(np.eye(64, dtype=np.float32)), 4, 32)
+    fed_back = round_with_feedback(weight, invert(np.eye(64, dtype=np.float32)), 4, 32)
     assert np.array_equal(fed_back.codes, round_to_nearest(weight, 4, 32, symmetric=False, search=True).codes)
 
 
 def test_dead_inputs_and_equal_runs_are_harmless():
     weight, moment = _layer(8, 64)
     moment[:8] = moment[:, :8] = 0
-    first, second = (round_with_feedback(weight, inverse_factor(moment), 4, 32) for _ in range(2))
+    first, second = (round_with_feedback(weight, invert(moment), 4, 32) for _ in range(2))
     assert np.isfinite(first.dequantize()).all()
     assert np.array_equal(first.codes, second.codes)
     assert np.array_equal(first.scales, second.scales)
-    zero = round_with_feedback(weight, inverse_factor(np.zeros_like(moment)), 4, 32)
+    zero = round_with_feedback(weight, invert(np.zeros_like(moment)), 4, 32)
     assert np.abs(zero.dequantize() - weight).max() < 0.5
