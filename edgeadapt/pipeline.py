@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from edgeadapt.export.graph import Graph
     from edgeadapt.merging.base_model import BaseModel
+    from edgeadapt.merging.originals import LazyOutputs
     from edgeadapt.quantize.pack import Packed
 
 Array = NDArray[Any]
@@ -236,36 +237,15 @@ def _merged(job: _Job) -> _Job:
     return dataclasses.replace(job, base=merged, original=target, resolved=[resolved], merge_record=record)
 
 
-class _References(Sequence[dict[str, Array]]):
-    """A model's outputs for each case, computed when asked for: logits of all cases at once would fill the memory."""
-
-    def __init__(self, base: BaseModel, module: torch.nn.Module, cases: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        self._base, self._module, self._cases = base, module, cases
-
-    def __len__(self) -> int:
-        return len(self._cases)
-
-    def __getitem__(self, index: Any) -> Any:
-        from edgeadapt.merging.reference import model_outputs
-
-        return model_outputs(self._base, self._module, self._cases[index])
-
-    def __iter__(self) -> Iterator[dict[str, Array]]:
-        return (self[index] for index in range(len(self)))
-
-
-def _references(job: _Job, cases: Sequence[Mapping[str, torch.Tensor]]) -> dict[str | None, _References]:
-    """Return the original's outputs: the base's under None, each adapter's by the library that saved it, unmerged."""
-    from edgeadapt.merging.reference import adapted_module
+def _originals(job: _Job, cases: Sequence[Mapping[str, torch.Tensor]]) -> dict[str | None, LazyOutputs]:
+    """Return what the bundle must reproduce: the base's outputs under None, or a merged adapter's."""
+    from edgeadapt.merging.originals import original_outputs
 
     if job.recipe.merge:
         assert job.original is not None
-        module = adapted_module(job.original, job.adapters[0])
-        return {None: _References(job.original, module, cases)}
-    found: dict[str | None, _References] = {None: _References(job.base, job.base.module, cases)}
-    for adapter in job.adapters:
-        found[adapter.name] = _References(job.base, adapted_module(job.base, adapter), cases)
-    return found
+        merged = job.adapters[0]
+        return {None: original_outputs(job.original, [merged], cases)[merged.name]}
+    return original_outputs(job.base, job.adapters, cases)
 
 
 def _arrays(cases: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, Array]]:
@@ -287,7 +267,7 @@ def _measure_parity(job: _Job, graph: Graph, folder: Path) -> dict[str, Any]:
         cases = parity_cases(job.base, job.samples.texts)
         with _session(job, draft, folder, keep_graphs=False) as session:
             result: dict[str, Any] = measure_parity(
-                session, _arrays(cases), _references(job, cases), tolerance=PARITY_TOLERANCE
+                session, _arrays(cases), _originals(job, cases), tolerance=PARITY_TOLERANCE
             )
     finally:
         shutil.rmtree(folder)
@@ -397,7 +377,7 @@ def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[d
     rows = measure_quality(
         session,
         _arrays(cases),
-        _references(job, cases),
+        _originals(job, cases),
         recipe.quantize,
         labels=samples.labels,
         class_names={
