@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from edgeadapt.errors import AdapterError
 FILE_NAME = "base_fingerprint.json"
 SCHEMA = "edgeadapt.base/1"
 _FIELDS = {"schema", "name", "revision", "quantization", "parameters"}
+_ROUNDED = ("linear", "conv1d")  # what NF4 rounds
 _STAMP_AGAIN = "delete it, or write it again with edgeadapt.stamp_base"
 
 
@@ -63,11 +65,15 @@ def _check_digests(parameters: Any, file: Path) -> None:
 def check_digest(base: BaseReference, names: tuple[str, ...], module: TargetModule, base_name: str | None) -> None:
     """Check that the base's weight at `module` is the one that the adapter was trained on, if the stamp names it.
 
-    `names` are the module's paths in the stamp to look for: in the base, in the adapter's file.
+    `names` are the module's paths in the stamp to look for: in the base, in the adapter's file. The stamp of a
+    quantized base holds the digests of rounded weights, which say nothing of the weights that they were rounded from:
+    see `check_unrounded`.
 
     Raises:
         AdapterError: the digests differ.
     """
+    if base.quantization is not None and module.type in _ROUNDED:
+        return
     digests = base.fingerprint or {}
     stamped = next((digests[f"{name}.weight"] for name in names if f"{name}.weight" in digests), None)
     if stamped is not None and stamped != module.digest:
@@ -76,6 +82,28 @@ def check_digest(base: BaseReference, names: tuple[str, ...], module: TargetModu
             f"{module.digest[:12]} in {base_label(base_name)} and {stamped[:12]} in {trained_on(base)}",
             hint="give the base (and revision) that the adapter was trained on",
         )
+
+
+def check_unrounded(
+    base: BaseReference, names: Mapping[str, str], modules: Mapping[str, TargetModule], base_name: str | None
+) -> None:
+    """Check a quantized base by what quantization leaves alone: embeddings, norms and convolutions.
+
+    So an adapter that was trained on a base in NF4 is known on that base in NF4 and in full precision alike.
+
+    Args:
+        base: what the adapter says of its base.
+        names: the adapter's name of each of the base's modules, by path.
+        modules: the base's.
+        base_name: for messages.
+
+    Raises:
+        AdapterError: a digest differs.
+    """
+    if base.quantization is None:
+        return
+    for path, name in names.items():
+        check_digest(base, (path, name), modules[path], base_name)
 
 
 def base_label(base_name: str | None) -> str:

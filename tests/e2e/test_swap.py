@@ -6,8 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,55 +23,10 @@ from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import Session, open_session
 from tests.e2e.conftest import Exported, Tiny, content
+from tests.e2e.reference import CLOSE, base_model, case, error, forward, with_peft
 from tests.e2e.tiny import ENCODER, save_adapter
 
 GetTiny = Callable[[str], Tiny]
-Arrays = Mapping[str, np.ndarray]
-
-CLASSES: dict[str, Any] = {
-    "llama": transformers.LlamaForCausalLM,
-    "llama-tied": transformers.LlamaForCausalLM,
-    "bert": transformers.BertForSequenceClassification,
-    "gpt2": transformers.GPT2LMHeadModel,
-    "resnet": transformers.ResNetForImageClassification,
-}
-# Float32 sums in another order than torch's, relative to the largest value.
-CLOSE = 1e-5
-
-
-def case(name: str) -> dict[str, np.ndarray]:
-    """Two rows, the second shorter; or two pictures."""
-    generator = np.random.default_rng(11)
-    if name == "resnet":
-        return {"pixel_values": generator.standard_normal((2, 3, 32, 32)).astype(np.float32)}
-    mask = np.ones((2, 9), np.int64)
-    mask[1, 6:] = 0
-    inputs = {"input_ids": generator.integers(3, 128, (2, 9)), "attention_mask": mask}
-    return {**inputs, "token_type_ids": np.zeros_like(mask)} if name == "bert" else inputs
-
-
-def forward(model: Any, inputs: Arrays) -> np.ndarray:
-    with torch.no_grad():
-        output = model.eval()(**{key: torch.from_numpy(value) for key, value in inputs.items()})
-    return np.asarray(output.logits)
-
-
-def base_model(name: str, folder: Path, **options: Any) -> Any:
-    return CLASSES[name].from_pretrained(folder, attn_implementation="eager", **options)
-
-
-def with_peft(name: str, base: Path, adapter: Path, inputs: Arrays, **options: Any) -> np.ndarray:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return forward(PeftModel.from_pretrained(base_model(name, base, **options), adapter), inputs)
-
-
-def error(expected: np.ndarray, found: np.ndarray, inputs: Arrays) -> float:
-    assert expected.shape == found.shape
-    if expected.ndim == 3:
-        expected, found = expected[inputs["attention_mask"] == 1], found[inputs["attention_mask"] == 1]
-    return float(np.abs(expected - found).max() / np.abs(expected).max())
-
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_there_and_back_again(name: str, tiny: GetTiny, exported: Exported) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgeadapt.adapters.adapter import Adapter, Array, ResolvedAdapter, SiteUpdate, TargetModule, TensorRef
 from edgeadapt.adapters.base_copy import is_base_copy
-from edgeadapt.adapters.fingerprint import base_label, check_digest, trained_on
+from edgeadapt.adapters.fingerprint import base_label, check_digest, check_unrounded, trained_on
 from edgeadapt.adapters.kinds._lora_tensors import factor_keys, split_keys
 from edgeadapt.adapters.low_rank import Factors, expected_shapes, scaling_of, site_update
 from edgeadapt.adapters.selection import Move, find_move, is_saved, is_target, name_some, pattern_value
@@ -54,6 +54,7 @@ def resolve_lora(adapter: Adapter, modules: Mapping[str, TargetModule], base_nam
     changed = [name for name, parts in left.items() if factor_keys(parts)]
     work = _Work(adapter, modules, base_name, find_move(changed, modules), left)
     _prove_selection(work, {work.move.to_base(name) for name in changed})
+    check_unrounded(adapter.base, work.names(), modules, base_name)
     for name in changed:
         _take_factors(work, name)
     _take_saved(work)

@@ -195,8 +195,8 @@ def test_an_unsupported_layer(folder: Path, modules: dict[str, TargetModule]) ->
     )
 
 
-def stamp(folder: Path, digests: dict[str, str]) -> None:
-    stamped = {"schema": "edgeadapt.base/1", "name": "org/base", "revision": "abc", "quantization": None}
+def stamp(folder: Path, digests: dict[str, str], quantization: str | None = None) -> None:
+    stamped = {"schema": "edgeadapt.base/1", "name": "org/base", "revision": "abc", "quantization": quantization}
     (folder / "base_fingerprint.json").write_text(json.dumps({**stamped, "parameters": digests}))
 
 
@@ -214,6 +214,24 @@ def test_another_than_the_stamped_base(folder: Path, modules: dict[str, TargetMo
         (
             f"the base is not the one that the adapter was trained on: tensor '{Q1}.weight' has digest "
             f"{modules[Q1].digest[:12]} in base 'tiny' and 000000000000 in base 'org/base' at revision abc"
+        ),
+        "give the base (and revision) that the adapter was trained on",
+    )
+
+
+def test_the_stamp_of_a_base_in_nf4(folder: Path, modules: dict[str, TargetModule]) -> None:
+    """Linear weights were rounded, so their digests are others in full precision; what was not rounded must agree."""
+    linear = {f"{path}.weight": "0" * 64 for path, module in modules.items() if module.type == "linear"}
+    others = {f"{path}.weight": module.digest for path, module in modules.items() if module.type != "linear"}
+    stamp(folder, {**linear, **others}, "nf4")
+    assert set(resolve(read_adapters(folder)[0], modules).sites) == {Q0, Q1}
+    embedding = "model.embed_tokens"
+    stamp(folder, {**linear, **others, f"{embedding}.weight": "0" * 64}, "nf4")
+    assert refusal(folder, modules) == (
+        (
+            f"the base is not the one that the adapter was trained on: tensor '{embedding}.weight' has digest "
+            f"{modules[embedding].digest[:12]} in base 'tiny' and 000000000000 in base 'org/base' at revision abc, "
+            "quantized to nf4"
         ),
         "give the base (and revision) that the adapter was trained on",
     )
