@@ -374,10 +374,14 @@ def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[d
 
     recipe, samples = job.recipe, job.measured
     cases = sample_cases(job.base, samples.texts, samples.arrays)
+    originals = _originals(job, cases)
+    if job.base.untrained and len(originals) > 1:
+        # The base's own head is all zeros: it equals torch whatever the quantization does.
+        del originals[None]
     rows = measure_quality(
         session,
         _arrays(cases),
-        _originals(job, cases),
+        originals,
         recipe.quantize,
         labels=samples.labels,
         class_names={

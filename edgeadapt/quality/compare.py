@@ -112,7 +112,8 @@ def _largest_difference(reference: Array, measured: Array) -> float:
     """Return the largest absolute difference; infinity if either has a NaN or an infinity that the other lacks."""
     if reference.size == 0:
         return 0.0
-    difference = measured - reference
+    with np.errstate(invalid="ignore"):
+        difference = measured - reference
     if not np.isfinite(difference).all():
         # Equal infinities are no difference.
         difference = np.zeros(reference.shape, np.float64)

@@ -56,7 +56,7 @@ def measure_quality(
         cases: inputs by name, one sample each if there are labels.
         references: the original's outputs for each case, by adapter name; None for the base.
         scheme: how the graph was quantized, for the rows.
-        labels: the right class of each case, an index or a name that the adapter or the base has for it.
+        labels: the right class of each case, an index or a name; adapters that know them all get an accuracy.
         class_names: an adapter's class names in the order of their indices, for adapters that the session's bundle
             does not hold yet.
 
@@ -68,11 +68,11 @@ def measure_quality(
         raise QuantizeError("there is nothing to compare with", hint="give at least one sample")
     if labels is not None and len(labels) != len(cases):
         raise QuantizeError(f"{len(labels)} labels for {len(cases)} samples", hint="give one label per sample")
+    classes = {} if labels is None else _all_classes(session, tuple(references), labels, class_names or {})
     rows = []
     for adapter, expected in references.items():
         session.use(adapter)
-        classes = None if labels is None else _classes(session, adapter, labels, class_names or {})
-        rows.append(_row(session, cases, expected, (adapter, scheme), classes))
+        rows.append(_row(session, cases, expected, (adapter, scheme), classes.get(adapter)))
     session.use(None)
     return tuple(rows)
 
@@ -82,7 +82,7 @@ def _row(
     cases: Sequence[Mapping[str, Array]],
     expected: Sequence[Mapping[str, Array]],
     of: tuple[str | None, str],
-    classes: Sequence[int | None] | None,
+    classes: Sequence[int] | None,
 ) -> QualityRow:
     comparisons: list[Comparison] = []
     right: list[tuple[bool, bool]] = []
@@ -94,7 +94,6 @@ def _row(
     kl = _joined([c.kl for c in comparisons])
     agrees = _joined([c.agrees for c in comparisons])
     cosines = _joined([c.cosines for c in comparisons])
-    known = classes is not None and all(wanted is not None for wanted in classes)
     counted = next((values for values in (kl, cosines) if values is not None), None)
     return QualityRow(
         adapter=of[0],
@@ -105,38 +104,63 @@ def _row(
         top1=None if agrees is None else float(agrees.mean()),
         max_relative_error=_number(max(comparison.worst[1] for comparison in comparisons)),
         cosine=None if cosines is None else _number(cosines.mean()),
-        accuracy=float(np.mean([pair[0] for pair in right])) if known else None,
-        reference_accuracy=float(np.mean([pair[1] for pair in right])) if known else None,
+        accuracy=float(np.mean([pair[0] for pair in right])) if right else None,
+        reference_accuracy=float(np.mean([pair[1] for pair in right])) if right else None,
     )
+
+
+def _all_classes(
+    session: Any,
+    adapters: Sequence[str | None],
+    labels: Sequence[Label],
+    class_names: Mapping[str, Sequence[str]],
+) -> dict[str | None, list[int]]:
+    """Return the class index of every label for each adapter that knows all of them: others have another task.
+
+    Raises:
+        QuantizeError: if no adapter knows the labels.
+    """
+    found = {}
+    error = None
+    for adapter in adapters:
+        try:
+            found[adapter] = _classes(session, adapter, labels, class_names)
+        except QuantizeError as unknown:
+            error = unknown if error is None or adapter is not None else error
+    if error is not None and not found:
+        raise error
+    return found
 
 
 def _classes(
     session: Any, adapter: str | None, labels: Sequence[Label], class_names: Mapping[str, Sequence[str]]
-) -> list[int | None]:
-    """Return the class index of every label, None where only the base is asked for a name that it does not know."""
+) -> list[int]:
     manifest = session.bundle.manifest
     stored = manifest.adapters[adapter].labels if adapter in manifest.adapters else ()
     names = (class_names.get(adapter) if adapter is not None else None) or stored or manifest.labels
     indices = {name: index for index, name in enumerate(names)}
-    found = [label if isinstance(label, int) else indices.get(label) for label in labels]
-    unknown = next((label for label, index in zip(labels, found, strict=True) if index is None), None)
-    if unknown is not None and adapter is not None:
+    found = [label if isinstance(label, int) else indices.get(label, -1) for label in labels]
+    if -1 in found:
         raise QuantizeError(
-            f"the label {unknown!r} is no class of adapter {adapter!r}"
+            f"the label {labels[found.index(-1)]!r} is no class of {_say(adapter)}"
             + (f", which has {', '.join(names)}" if names else ", whose classes have no names"),
             hint="label the samples with class names as the adapter's config has them, or with class indices",
         )
     return found
 
 
-def _is_right(outputs: Mapping[str, Array], wanted: int | None) -> bool:
+def _say(adapter: str | None) -> str:
+    return "the base" if adapter is None else f"adapter {adapter!r}"
+
+
+def _is_right(outputs: Mapping[str, Array], wanted: int) -> bool:
     logits = outputs.get(LOGITS)
     if logits is None or logits.ndim != 2 or len(logits) != 1:
         raise QuantizeError(
             "the samples have labels, but the model gives no class for a sample",
             hint="labels are for classification; leave them out for other tasks",
         )
-    return wanted is not None and int(logits[0].argmax()) == wanted
+    return int(logits[0].argmax()) == wanted
 
 
 def _joined(parts: Sequence[NDArray[Any] | None]) -> NDArray[Any] | None:
