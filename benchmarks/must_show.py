@@ -232,6 +232,7 @@ def cost(args: argparse.Namespace) -> tuple[Row, dict[str, list[Row]]]:
     figures = {
         "help": {
             "wall_ms": median(run["wall_s"] for run in runs) * 1e3,
+            "wall_ms_min": min(run["wall_s"] for run in runs) * 1e3,
             "cpu_ms": median(run["cpu_s"] for run in runs) * 1e3,
             "python_itself_wall_ms": median(run["wall_s"] for run in nothing) * 1e3,
             "modules": runs[0]["modules"],
@@ -251,7 +252,7 @@ def cost(args: argparse.Namespace) -> tuple[Row, dict[str, list[Row]]]:
     rows = [
         {
             "command": "edgeadapt --help",
-            "wall": f"{helped['wall_ms']:.0f} ms (Python alone: {helped['python_itself_wall_ms']:.0f} ms)",
+            "wall": f"{helped['wall_ms']:.0f} ms, at best {helped['wall_ms_min']:.0f}",
             "CPU": f"{helped['cpu_ms']:.0f} ms",
             "modules": helped["modules"],
             "torch imported": "torch" in runs[0]["heavy"],
