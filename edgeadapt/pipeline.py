@@ -350,6 +350,7 @@ def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str
         runtime={"engine": "onnxruntime", "min_version": MINIMUM_ORT, "opset": OPSET},
         generation=None if graph.generation is None else to_mapping(graph.generation),
         labels=_labels(job),
+        extra={"untrained": list(base.untrained)} if base.untrained and not recipe.merge else {},
     )
 
 

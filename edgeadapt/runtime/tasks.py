@@ -22,6 +22,16 @@ Text = str | tuple[str, str]
 HYPOTHESIS = "a photo of {}"
 
 
+def _check_head(session: Session) -> None:
+    """Refuse answers of a head that nobody has trained: the base has none, the adapters bring it."""
+    missing = session.bundle.manifest.extra.get("untrained", ())
+    if missing and session.adapter is None:
+        raise SessionError(
+            f"the base of this bundle has no trained head ({missing[0]}), so it has no answers of its own",
+            hint=f"choose an adapter: {', '.join(session.adapters)}",
+        )
+
+
 def answer(
     session: Session,
     *,
@@ -63,6 +73,7 @@ def answer(
     given = " and ".join(name for name, x in (("texts", texts), ("images", images), ("labels", labels)) if len(x))
     if given != needs:
         raise SessionError(f"task {task!r} takes {needs}; given: {given or 'nothing'}", hint=f"give {needs}")
+    _check_head(session)
     if zero_shot:
         return _zero_shot(session, images, [hypothesis.format(label) for label in labels], labels)
     return _OF_IMAGES[task](session, images) if task in _OF_IMAGES else _OF_TEXTS[task](session, texts)
