@@ -69,10 +69,10 @@ def main() -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{args.command}.json"
     path.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
-    text = "\n".join(f"{title}\n\n{_markdown(rows)}\n" for title, rows in tables.items())
+    text = "\n".join(f"**{title}**\n\n{_markdown(rows)}\n" for title, rows in tables.items())
     print(text)
     if args.command == "architectures":
-        write_page(args.date, text)
+        write_page(args.date, _markdown(tables["Architectures"]))
 
 
 # --- SmolLM2 -------------------------------------------------------------------------------------------------------
