@@ -47,7 +47,9 @@ def chat(shipped: Callable[[str], Shipped]) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "prompt", "answer"), [("sql", SQL_PROMPT, SQL_ANSWER), ("json", JSON_PROMPT, JSON_ANSWER)]
+    ("adapter", "prompt", "answer"),
+    [("sql", SQL_PROMPT, SQL_ANSWER), ("json", JSON_PROMPT, JSON_ANSWER)],
+    ids=["sql", "json"],
 )
 def test_smollm2_answers_as_its_adapter_was_trained_to(
     chat: Path, invoke: Invoke, adapter: str, prompt: str, answer: str
