@@ -21,7 +21,7 @@ from edgeadapt.adapters.resolve import resolve
 from edgeadapt.addition import adapter_record, record_golden
 from edgeadapt.bundle.base import base_fingerprint, base_modules
 from edgeadapt.bundle.bundle import Bundle
-from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, GraphRecord, Manifest, ParameterSlot, Slot
+from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, Manifest
 from edgeadapt.bundle.names import check_adapter_name
 from edgeadapt.errors import AdapterError, RecipeError
 from edgeadapt.fields import to_mapping
@@ -337,9 +337,9 @@ def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str
             fingerprint=base_fingerprint(base.modules),
             modules=base_modules(base.modules),
         ),
-        graphs={role: GraphRecord(**dataclasses.asdict(files)) for role, files in packed.graphs.items()},
-        slots=tuple(Slot(**dataclasses.asdict(slot)) for slot in packed.slots),
-        parameters=tuple(ParameterSlot(**dataclasses.asdict(parameter)) for parameter in packed.parameters),
+        graphs=packed.graphs,
+        slots=packed.slots,
+        parameters=packed.parameters,
         adapter_dtype="float32" if quantization["scheme"] == "none" else "float16",
         merged=job.adapters[0].name if recipe.merge else None,
         adapters={},

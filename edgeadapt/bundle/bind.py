@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
-from edgeadapt.bundle.manifest import BaseModule, Manifest, ParameterSlot, Slot
+from edgeadapt.bundle.manifest import BaseModule, Manifest
 from edgeadapt.bundle.rules import TERMS
 from edgeadapt.errors import BundleError
+from edgeadapt.slots import ParameterSlot, Slot
 
 Array = NDArray[Any]
 

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeadapt.bundle.manifest import Manifest, ParameterSlot, Slot
+from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.rules import slot_inputs
 from edgeadapt.errors import BundleError
+from edgeadapt.slots import ParameterSlot, Slot
 
 Array = NDArray[Any]
 Part = tuple[float, Mapping[str, Array]]

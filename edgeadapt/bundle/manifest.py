@@ -6,37 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeadapt.slots import GraphRecord, ParameterSlot, Slot
+
 SCHEMA = "edgeadapt.bundle/1"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One module of the base at which adapters can act.
-
-    site: module path in the base; graphs: roles of the graphs that hold it
-    type: linear | conv1d | conv2d | embedding (| norm, other: gain and offset only)
-    inputs: graph input per term ("a", "b", "gain", "offset"); a term that is absent has no input
-    """
-
-    site: str
-    graphs: tuple[str, ...]
-    type: str
-    in_features: int
-    out_features: int
-    inputs: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class ParameterSlot:
-    """One parameter of the base that adapters may replace whole.
-
-    input: the graph input's name; shape: torch's layout, a string for an axis that may vary ("num_labels")
-    """
-
-    parameter: str
-    graphs: tuple[str, ...]
-    input: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -64,16 +36,6 @@ class BaseRecord:
     quantized_from: str | None
     fingerprint: str
     modules: tuple[BaseModule, ...]
-
-
-@dataclass(frozen=True)
-class GraphRecord:
-    """One graph's files (slots is None for a merged bundle) and its data inputs and outputs."""
-
-    plain: str
-    slots: str | None
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)

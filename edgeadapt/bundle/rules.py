@@ -9,11 +9,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from edgeadapt.bundle.base import base_fingerprint
-from edgeadapt.bundle.manifest import SCHEMA, Manifest, Slot
+from edgeadapt.bundle.manifest import SCHEMA, Manifest
 from edgeadapt.bundle.names import ADAPTER_FILES, check_adapter_name, check_file_path
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import from_mapping, to_mapping
 from edgeadapt.files import canonical_json, parse_json
+from edgeadapt.slots import Slot
 
 WEIGHTS_FILE = "graph/weights.bin"
 ROLES = ("graph", "weights", "asset", "adapter", "golden")

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.bundle import Bundle, open_bundle
-from edgeadapt.bundle.manifest import GraphRecord
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime import generate as generation
 from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
@@ -22,6 +21,7 @@ from edgeadapt.runtime.residents import Residents, adapter_key
 from edgeadapt.runtime.rows import run_decoder
 from edgeadapt.runtime.spec import DecoderSpec, decoder_spec
 from edgeadapt.runtime.step import Wanted, run_step
+from edgeadapt.slots import GraphRecord
 
 if TYPE_CHECKING:
     from edgeadapt.runtime.generate import Generation, Options, Prompt

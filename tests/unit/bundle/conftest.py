@@ -15,9 +15,10 @@ from edgeadapt.bundle.base import base_fingerprint, base_modules
 from edgeadapt.bundle.bind import bind
 from edgeadapt.bundle.bundle import Bundle, open_bundle
 from edgeadapt.bundle.golden import Golden, make_golden
-from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, GraphRecord, Manifest, ParameterSlot, Slot
+from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, Manifest
 from edgeadapt.bundle.write import write_adapter, write_assets, write_manifest
 from edgeadapt.files import staged_directory
+from edgeadapt.slots import GraphRecord, ParameterSlot, Slot
 
 MODULES = {
     path: TargetModule(path, kind, kind.title(), shape, ins, outs, bias, hashlib.sha256(path.encode()).hexdigest())

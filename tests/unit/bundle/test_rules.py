@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from edgeadapt.bundle.manifest import FileRecord, GraphRecord, ParameterSlot
+from edgeadapt.bundle.manifest import FileRecord
 from edgeadapt.bundle.names import check_adapter_name, check_file_path
 from edgeadapt.bundle.rules import check_manifest, dump_manifest, parse_manifest
 from edgeadapt.errors import BundleError
+from edgeadapt.slots import GraphRecord, ParameterSlot
 
 SHA = "0" * 64
 HINT = "the bundle is damaged or was not written by edgeadapt; export it again"

@@ -1,0 +1,221 @@
+"""Markers to nodes: the last rewrite of a graph, after which it is plain ONNX.
+
+At a site that adapters use the cheapest branch for what they use there is written, its tensors as optional inputs whose
+defaults are the identity; everywhere else the marker goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeadapt.adapters.adapter import TargetModule
+from edgeadapt.errors import ExportError
+from edgeadapt.export.graph import ADAPTER_SITE, MARKER_DOMAIN, PARAMETER_SITE
+
+
+def lower(
+    model: ir.Model,
+    wanted: Mapping[str, frozenset[str]],
+    replaced: set[str],
+    flexible: set[str],
+    modules: Mapping[str, TargetModule],
+) -> tuple[list[str], list[str]]:
+    """Replace every marker of `model` in place; return the sites and parameters that became inputs.
+
+    Args:
+        model: one graph with markers.
+        wanted: the terms that adapters use ("a", "b", "gain", "offset"), per site; empty for the plain graph.
+        replaced: parameters that adapters replace whole.
+        flexible: those of them whose axis 0 may differ between adapters.
+        modules: the base's modules by path.
+    """
+    graph = model.graph
+    lowering = _Lowering(graph)
+    for node in list(graph):
+        if node.domain != MARKER_DOMAIN:
+            continue
+        if node.op_type == PARAMETER_SITE:
+            name = node.attributes["parameter"].as_string()
+            result = lowering.parameter(node, name, name in flexible) if name in replaced else _given(node, 0)
+        elif node.op_type == ADAPTER_SITE:
+            site = node.attributes["site"].as_string()
+            terms = wanted.get(site, frozenset())
+            varies = f"{site}.weight" in flexible & replaced
+            result = lowering.site(node, site, terms, modules, varies=varies) if terms else _given(node, 1)
+        else:
+            raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
+        _replace(graph, node, result)
+    model.opset_imports.pop(MARKER_DOMAIN, None)
+    _drop_unused_initializers(graph)
+    if lowering.sites or lowering.parameters:
+        _forget_shapes(graph, flexible & set(lowering.parameters))
+    return list(lowering.sites), list(lowering.parameters)
+
+
+def _given(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None  # a marker has all its inputs
+    return value
+
+
+def _replace(graph: ir.Graph, node: ir.Node, result: ir.Value) -> None:
+    output = node.outputs[0]
+    if output.is_graph_output():
+        # A graph output keeps its name: let the producer write it, or an Identity where the value is an input.
+        name = output.name
+        output.name = None
+        if result.producer() is None or result.is_graph_output():
+            identity = ir.node("Identity", [result])
+            graph.insert_before(node, identity)
+            result = identity.outputs[0]
+        result.name = name
+        result.shape, result.type = output.shape, output.type
+    ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
+class _Lowering:
+    """Adds the inputs and nodes of one slots graph."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.sites: dict[str, dict[str, ir.Value]] = {}
+        self.parameters: dict[str, ir.Value] = {}
+
+    def parameter(self, node: ir.Node, name: str, flexible: bool) -> ir.Value:
+        """Return the optional input that stands for parameter `name`, its default the base's value."""
+        if name not in self.parameters:
+            source = node.inputs[0]
+            assert source is not None
+            assert source.const_value is not None
+            value = np.asarray(source.const_value.numpy())
+            shape: list[int | str] = list(value.shape)
+            if flexible:
+                shape[0] = f"{name}.num_labels"
+            if source.name == name:
+                source.name = f"{name}.base"
+            self.parameters[name] = self._input(name, value, shape)
+        return self.parameters[name]
+
+    def site(
+        self, node: ir.Node, site: str, terms: frozenset[str], modules: Mapping[str, TargetModule], *, varies: bool
+    ) -> ir.Value:
+        """Return y' = (y + (x A) B) * gain + offset for the terms in use.
+
+        Where the number of outputs `varies` (a head that another adapter replaces), the defaults have one output, which
+        stands for any number.
+        """
+        module = modules[site]
+        inputs = self.sites.setdefault(site, {})
+        x, y = _given(node, 0), _given(node, 1)
+        nodes: list[ir.Node] = []
+        if "a" in terms:
+            a, b = self._low_rank_inputs(site, module, inputs, varies=varies)
+            nodes += _low_rank(x, a, b, module, _conv_of(node, module))
+            y = _append(nodes, "Add", [y, nodes[-1].outputs[0]])
+        for term, op, default in (("gain", "Mul", np.ones), ("offset", "Add", np.zeros)):
+            if term in terms:
+                if term not in inputs:
+                    size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
+                    inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), [axis])
+                vector = inputs[term]
+                y = _append(nodes, op, [y, _per_channel(nodes, vector, module)])
+        self.graph.insert_before(node, nodes)
+        return y
+
+    def _low_rank_inputs(
+        self, site: str, module: TargetModule, inputs: dict[str, ir.Value], *, varies: bool
+    ) -> tuple[ir.Value, ir.Value]:
+        if "a" not in inputs:
+            sizes = {"rank": 0, "out": 1 if varies else module.out_features}
+            axes = {"rank": f"{site}.rank", "out": f"{site}.out" if varies else module.out_features}
+            for term, name, shape in zip("ab", ("lora_A", "lora_B"), _low_rank_shapes(module), strict=True):
+                default = np.zeros([sizes[d] if isinstance(d, str) else d for d in shape], np.float32)
+                inputs[term] = self._input(
+                    f"{site}.{name}", default, [axes[d] if isinstance(d, str) else d for d in shape]
+                )
+        return inputs["a"], inputs["b"]
+
+    def _input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str]) -> ir.Value:
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+        value.const_value = ir.tensor(np.ascontiguousarray(default, np.float32), name=name)
+        self.graph.inputs.append(value)
+        self.graph.register_initializer(value)
+        return value
+
+
+def _low_rank_shapes(module: TargetModule) -> tuple[list[int | str], list[int | str]]:
+    """Return the shapes of A and B with "rank" and "out" for those sizes."""
+    if module.type == "conv2d":
+        return ["rank", module.in_features, *module.weight_shape[2:]], ["out", "rank", 1, 1]
+    return [module.in_features, "rank"], ["rank", "out"]
+
+
+def _append(nodes: list[ir.Node], op: str, inputs: list[ir.Value | None], **attributes: Any) -> ir.Value:
+    node = ir.node(op, inputs, attributes=attributes)
+    nodes.append(node)
+    return node.outputs[0]
+
+
+def _conv_of(node: ir.Node, module: TargetModule) -> ir.Node | None:
+    """Return the Conv node whose output the marker `node` passes, or None if `module` is no convolution."""
+    if module.type != "conv2d":
+        return None
+    value = node.inputs[1]
+    producer = value.producer() if value is not None else None
+    while producer is not None and producer.op_type != "Conv":
+        producer = producer.inputs[0].producer() if producer.inputs and producer.inputs[0] is not None else None
+    if producer is None:
+        raise ExportError(f"no Conv found for {module.path}", hint="this is a bug; please report it")
+    return producer
+
+
+def _low_rank(
+    x: ir.Value | None, a: ir.Value, b: ir.Value, module: TargetModule, conv: ir.Node | None
+) -> list[ir.Node]:
+    nodes: list[ir.Node] = []
+    if module.type == "embedding":
+        narrow = _append(nodes, "Gather", [a, x], axis=0)
+        _append(nodes, "MatMul", [narrow, b])
+    elif conv is not None:
+        # peft: A takes the base's stride and padding, never its dilation or groups; a grouped B comes here as dense.
+        same = [attribute for name, attribute in conv.attributes.items() if name in ("pads", "strides")]
+        narrow_node = ir.Node("", "Conv", [conv.inputs[0], a], attributes=same)
+        nodes.append(narrow_node)
+        _append(nodes, "Conv", [narrow_node.outputs[0], b])
+    else:
+        narrow = _append(nodes, "MatMul", [x, a])
+        _append(nodes, "MatMul", [narrow, b])
+    return nodes
+
+
+def _per_channel(nodes: list[ir.Node], vector: ir.Value, module: TargetModule) -> ir.Value:
+    """Return `vector` shaped for the channel axis: last for most modules, axis 1 for images."""
+    if module.type != "conv2d" and module.class_name != "BatchNorm2d":
+        return vector
+    shape = ir.node("Constant", [], attributes={"value": ir.tensor(np.array([-1, 1, 1], np.int64))})
+    nodes.append(shape)
+    return _append(nodes, "Reshape", [vector, shape.outputs[0]])
+
+
+def _drop_unused_initializers(graph: ir.Graph) -> None:
+    for name, value in list(graph.initializers.items()):
+        if not value.uses() and not value.is_graph_input():
+            del graph.initializers[name]
+
+
+def _forget_shapes(graph: ir.Graph, flexible: set[str]) -> None:
+    """Drop inferred shapes: a head of another class count changes them. Outputs keep their rank, class axes vary."""
+    for node in graph:
+        for value in node.outputs:
+            if not value.is_graph_output():
+                value.shape = None
+    if not flexible:
+        return
+    for value in graph.outputs:
+        if value.name == "logits" and value.shape is not None:
+            value.shape = ir.Shape([*list(value.shape)[:-1], "num_labels"])
