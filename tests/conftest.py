@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Before torch is imported: its threads sleep while they wait, which matters on machines with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# A shell that starts the tests in the background ignores Ctrl-C for all its children; tests send it to theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
