@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from edgeadapt.addition import add_adapter, remove_adapter, verify_bundle
 from edgeadapt.bundle import open_bundle
+from edgeadapt.errors import BundleError
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import Session, open_session
@@ -81,18 +82,25 @@ def test_a_blend_is_peft_s_weighted_adapter(tiny: GetTiny, exported: Exported) -
 
 
 def test_a_blend_with_heads_is_the_sum_of_the_changes(tiny: GetTiny, exported: Exported) -> None:
-    model, inputs = tiny("bert"), case("bert")
+    model, inputs, weights = tiny("bert"), case("bert"), {"adapter0": 1.75, "adapter1": -0.75}
     blended = base_model("bert", model.base)
     total = {key: value.clone().double() for key, value in blended.state_dict().items()}
-    for folder, weight in zip(model.adapters, (0.7, 0.3), strict=True):
+    for folder in model.adapters:
         merged = PeftModel.from_pretrained(base_model("bert", model.base), folder).merge_and_unload().state_dict()
         for key, value in blended.state_dict().items():
-            total[key] += weight * (merged[key].double() - value.double())
+            total[key] += weights[folder.name] * (merged[key].double() - value.double())
     blended.load_state_dict(total)
     with open_session(exported("bert", quantize="none")) as session:
-        session.use({"adapter0": 0.7, "adapter1": 0.3})
-        assert session.adapter == {"adapter0": 0.7, "adapter1": 0.3}
+        session.use(weights)
+        assert session.adapter == weights
         assert error(forward(blended, inputs), session.run(inputs)["logits"], inputs) < CLOSE
+        with pytest.raises(BundleError) as caught:
+            session.use({"adapter0": 0.5, "adapter1": 0.25})
+        assert session.adapter == weights
+    assert str(caught.value) == (
+        "'classifier.bias' is replaced with weights that do not add up to 1, and the base's own value is not at hand\n"
+        "Hint: choose weights that add up to 1"
+    )
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
