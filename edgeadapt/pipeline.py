@@ -170,6 +170,8 @@ def _load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | No
     from edgeadapt.merging.load import load_base_model
 
     if base is None:
+        if recipe.base is None:
+            raise RecipeError("base is missing", hint="give a folder, a GGUF file or a hub id")
         tasks = {task for task in map(task_of, adapters) if task is not None}
         if recipe.task is None and len(tasks) > 1:
             raise AdapterError(

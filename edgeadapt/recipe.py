@@ -19,7 +19,7 @@ class Recipe:
     """What an export reads, does and writes.
 
     adapters: adapter folders or files; a folder may hold several adapters
-    base: a folder or GGUF file, or a Hugging Face hub id
+    base: a folder or GGUF file, or a Hugging Face hub id; None where `export_bundle` is given a loaded base
     output: the bundle's folder
     names: the adapters' names in the bundle, in their order; empty for their folders' names
     task: an optimum task name, None to tell it from the model; revision: the hub commit of the base
@@ -36,7 +36,7 @@ class Recipe:
     """
 
     adapters: tuple[Path, ...]
-    base: str
+    base: str | None
     output: Path
     names: tuple[str, ...] = ()
     task: str | None = None
@@ -109,7 +109,7 @@ def _check_adapters(recipe: Recipe) -> None:
         twice = [str(value) for value in values if values.count(value) > 1]
         if twice:
             raise RecipeError(f"{label}: {twice[0]!r} occurs twice", hint="give every adapter once, by its own name")
-    if not recipe.base:
+    if recipe.base == "":
         raise RecipeError("base is empty", hint="give a folder, a GGUF file or a hub id")
 
 
