@@ -71,7 +71,7 @@ class Manifest:
 
     merged: the adapter that was merged into the weights, or None
     quantization: the record that `quantize` returned; parity and quality: what was measured against torch (see
-        edgeadapt.quality); generation: the fields of export.graph.Generation, or None
+        edgeadapt.quality); generation: the fields of DecoderSpec, or None
     digest: SHA-256 of this manifest as canonical JSON with an empty digest: finds damage, proves no origin
     """
 

@@ -15,31 +15,11 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from edgeadapt.decoder_spec import DecoderSpec
+
 MARKER_DOMAIN = "edgeadapt"
 ADAPTER_SITE = "AdapterSite"
 PARAMETER_SITE = "ParameterSite"
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a loop over a decoder needs to know.
-
-    cache_layers, cache_heads, cache_head_dim: shape of the self-attention cache, float32[batch, heads, length, dim]
-    cross_layers: layers of the cross-attention cache that the encoder graph returns (0 for a decoder-only model)
-    max_length: the longest sequence, in tokens
-    shared_cache: the cache may be updated in place (GroupQueryAttention); otherwise it grows by concatenation
-    """
-
-    cache_layers: int
-    cache_heads: int
-    cache_head_dim: int
-    cross_layers: int
-    max_length: int
-    vocab_size: int
-    shared_cache: bool
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int | None = None
-    decoder_start_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,5 +32,5 @@ class Graph:
 
     models: Mapping[str, ir.Model]
     task: str
-    generation: Generation | None = None
+    generation: DecoderSpec | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.ort import Row, Tensor
-from edgeadapt.runtime.spec import DecoderSpec
 
 Array = NDArray[Any]
 AdapterKey = tuple[tuple[str, float], ...]

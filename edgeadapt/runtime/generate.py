@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.cache import Cache
 from edgeadapt.runtime.chat import Message
 from edgeadapt.runtime.sampling import Sampling, StopFinder, pick, sampling
-from edgeadapt.runtime.spec import DecoderSpec
 from edgeadapt.runtime.tokenizer import Detokenizer, TextCoder
 
 if TYPE_CHECKING:

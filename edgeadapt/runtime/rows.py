@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.checks import is_whole
-from edgeadapt.runtime.spec import DecoderSpec
 from edgeadapt.runtime.step import checked_ids
 
 if TYPE_CHECKING:

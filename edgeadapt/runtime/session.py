@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.bundle import Bundle, open_bundle
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime import generate as generation
 from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
@@ -19,7 +20,7 @@ from edgeadapt.runtime.inputs import checked_inputs
 from edgeadapt.runtime.ort import Binding, OrtGraph, Tensor, TensorInfo, check_provider, open_graph
 from edgeadapt.runtime.residents import Residents, adapter_key
 from edgeadapt.runtime.rows import run_decoder
-from edgeadapt.runtime.spec import DecoderSpec, decoder_spec
+from edgeadapt.runtime.spec import decoder_spec
 from edgeadapt.runtime.step import Wanted, run_step
 from edgeadapt.slots import GraphRecord
 

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.cache import Cache, GrowingCache, SharedCache
 from edgeadapt.runtime.ort import Binding, Tensor
-from edgeadapt.runtime.spec import DecoderSpec
 
 Array = NDArray[Any]
 Wanted = Literal["all", "last", "none"]

@@ -17,8 +17,8 @@ import torch
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import ExportError
-from edgeadapt.export.graph import Generation
 from edgeadapt.export.trace import Trace
 from edgeadapt.merging.base_model import BaseModel
 
@@ -32,13 +32,13 @@ def claims(base: BaseModel) -> bool:
     return base.task == "text-generation" and not getattr(base.config, "is_encoder_decoder", False)
 
 
-def generation(base: BaseModel) -> Generation:
+def generation(base: BaseModel) -> DecoderSpec:
     """Return the cache's shape and the tokens that end a text."""
     config = base.config
     heads = config.num_attention_heads
     eos = getattr(base.module.generation_config, "eos_token_id", None)
     eos = config.eos_token_id if eos is None else eos
-    return Generation(
+    return DecoderSpec(
         cache_layers=config.num_hidden_layers,
         cache_heads=getattr(config, "num_key_value_heads", None) or heads,
         cache_head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from edgeadapt.export.graph import Generation
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.export.trace import Trace
 from edgeadapt.merging.base_model import BaseModel
 
@@ -16,7 +16,7 @@ def claims(base: BaseModel) -> bool:
     return base.task == "module"
 
 
-def generation(_base: BaseModel) -> Generation | None:
+def generation(_base: BaseModel) -> DecoderSpec | None:
     """Return None: nothing is generated."""
     return None
 

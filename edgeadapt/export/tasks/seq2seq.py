@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from edgeadapt.export.graph import Generation
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.export.trace import Trace
 from edgeadapt.merging.base_model import BaseModel
 
@@ -26,7 +26,7 @@ def claims(base: BaseModel) -> bool:
     return base.task in TASKS and bool(getattr(base.config, "is_encoder_decoder", False))
 
 
-def generation(base: BaseModel) -> Generation:
+def generation(base: BaseModel) -> DecoderSpec:
     """Return the caches' shapes and the tokens that start and end a text."""
     config = base.config
     settings: Any = base.module.generation_config
@@ -36,7 +36,7 @@ def generation(base: BaseModel) -> Generation:
     start = config.decoder_start_token_id if start is None else start
     forced = [token for _, token in sorted(getattr(settings, "forced_decoder_ids", None) or []) if token is not None]
     limit = base.max_length or getattr(config, "max_target_positions", None) or DEFAULT_MAX_LENGTH
-    return Generation(
+    return DecoderSpec(
         cache_layers=layers,
         cache_heads=heads,
         cache_head_dim=dim,

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import ExportError
-from edgeadapt.export.graph import Generation
 from edgeadapt.export.trace import Trace
 from edgeadapt.merging.base_model import BaseModel
 
@@ -20,7 +20,7 @@ def claims(base: BaseModel) -> bool:
     return base.config is not None and base.task != "module"
 
 
-def generation(_base: BaseModel) -> Generation | None:
+def generation(_base: BaseModel) -> DecoderSpec | None:
     """Return None: nothing is generated."""
     return None
 
