@@ -392,7 +392,7 @@ def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[d
             for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
         },
     )
-    sentence = verdict(rows, calibrated=recipe.calibrate is not None)
+    sentence = verdict(rows, calibrated=job.calibrates)
     if sentence is not None:
         progress.note(sentence)
     gate(rows, max_kl=recipe.max_kl, min_top1=recipe.min_top1)
