@@ -17,7 +17,8 @@ class _Net(torch.nn.Module):
         self.last = torch.nn.Linear(3, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.one(x)) + self.two(x)
+        one, two = self.one(x), self.two(x)
+        return self.last(one) + two
 
 
 def test_moments_are_of_unit_vectors_and_shared_by_modules_with_one_input() -> None:
