@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 import edgeadapt
-from edgeadapt.cli import add, export, inspect, listing, output, profile, remove, run, verify
+from edgeadapt.cli import add, export, inspect, interrupts, listing, output, profile, remove, run, verify
 from edgeadapt.errors import EdgeAdaptError
 
 # Top-level modules that come with an extra, by the extra's name.
@@ -34,7 +32,8 @@ class _Boundary(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command."""
         try:
-            return super().invoke(ctx)
+            with interrupts.instead_of_errors():
+                return super().invoke(ctx)
         except EdgeAdaptError as error:
             output.error(error.message, error.hint)
             raise typer.Exit(1) from error
@@ -87,12 +86,7 @@ app.command("profile")(profile.profile)
 app.command("list")(listing.listing)
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:  # noqa: ARG001 - the signature of a signal handler
-    """Leave like an interrupt does, so that half-written files are cleaned up."""
-    raise SystemExit(128 + number)
-
-
 def main() -> None:
     """Run the program with this process's arguments and leave with its exit status."""
-    signal.signal(signal.SIGTERM, _terminate)
+    interrupts.watch()
     app(prog_name="edgeadapt")

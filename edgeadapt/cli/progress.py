@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from edgeadapt.cli import output
+from edgeadapt.cli.interrupts import raise_lost
 from edgeadapt.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,9 +32,10 @@ class _Warnings:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:  # noqa: ARG002 - the protocol's names
         yield
+        raise_lost()
 
-    def advance(self, done: int, total: int) -> None:
-        pass
+    def advance(self, done: int, total: int) -> None:  # noqa: ARG002 - the protocol's names
+        raise_lost()
 
     def note(self, message: str) -> None:
         output.warning(message)
@@ -55,6 +57,7 @@ class _Terminal:
         outcome = "stopped"
         try:
             yield
+            raise_lost()
             outcome = ""
         finally:
             self._open.pop()
@@ -62,6 +65,7 @@ class _Terminal:
             self._line(depth, name, time.perf_counter() - started_s, outcome)
 
     def advance(self, done: int, total: int) -> None:
+        raise_lost()
         if self._open:
             self._bars.update(self._open[-1], completed=done, total=total)
 

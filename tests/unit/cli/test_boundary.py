@@ -114,6 +114,43 @@ def test_signals_let_contexts_clean_up(number, status):
     assert "Traceback" not in err
 
 
+_TRAP = """
+import os, signal, sys, time
+from edgeadapt import settings
+from edgeadapt.cli.app import main
+from edgeadapt.cli.progress import reporter
+
+class Trap:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGNAME)
+        time.sleep(0)
+
+def names(kind):
+    with reporter(quiet=True) as progress:
+        with progress.stage("one"):
+            Trap()
+            print("still there", flush=True)
+            RAISE
+        print("too late", flush=True)
+
+settings.names = names
+sys.argv = ["edgeadapt", "list", "devices"]
+main()
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
+@pytest.mark.parametrize(
+    ("name", "status", "message"),
+    [("SIGINT", 130, "error: interrupted; nothing was left behind\n"), ("SIGTERM", 143, "")],
+)
+@pytest.mark.parametrize("then", ["pass", "raise TypeError('of a library')"])
+def test_a_signal_inside_a_destructor_is_not_lost(name, status, message, then):
+    code = _TRAP.replace("SIGNAME", name).replace("RAISE", then)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (status, "still there\n", message)
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
