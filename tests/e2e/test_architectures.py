@@ -17,9 +17,7 @@ def test_two_adapters_of_different_rank_equal_peft(architecture: Architecture, t
     base, adapters = build(architecture, tmp_path)
     output = tmp_path / "tiny.bundle"
 
-    bundle = export_bundle(
-        Recipe(tuple(adapters), str(base), output, task=architecture.task, quantize="none")
-    )
+    bundle = export_bundle(Recipe(tuple(adapters), str(base), output, task=architecture.task, quantize="none"))
 
     rows = bundle.manifest.parity["rows"]
     assert {row["adapter"] for row in rows} == {None, "adapter0", "adapter1"}

@@ -322,9 +322,7 @@ def test_a_path_with_spaces_and_letters_of_other_alphabets(
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["path"] == str(out)
     np.savez(folder / "in put.npz", input_ids=np.array([[3, 4, 5]]))
-    result = invoke(
-        "run", out, "--adapter", "one", "--inputs", folder / "in put.npz", "--output", folder / "out ö.npz"
-    )
+    result = invoke("run", out, "--adapter", "one", "--inputs", folder / "in put.npz", "--output", folder / "out ö.npz")
     assert (result.exit_code, result.stdout) == (0, "logits  float32[1, 3, 128]\n")
     assert invoke("verify", out).exit_code == 0
     assert sorted(path.name for path in out.parent.iterdir()) == [out.name]
@@ -385,8 +383,10 @@ def test_the_gate_shows_the_table_and_writes_nothing(
         (
             ["--task", "image-classification"],
             "{base}: a llama model cannot do the task 'image-classification'",
-            ("it can do: feature-extraction, question-answering, text-classification, text-generation, "
-            "token-classification"),
+            (
+                "it can do: feature-extraction, question-answering, text-classification, text-generation, "
+                "token-classification"
+            ),
         ),
         (
             ["--calibrate", "nowhere.txt"],
@@ -403,9 +403,7 @@ def test_settings_that_mean_nothing(
     assert refused("export", llama.adapters[0], "--base", llama.base, "-o", out, *flags) == expected
 
 
-def test_an_exception_that_matches_nothing(
-    refused: Refused, llama: Tiny, tmp_path: Path, traced_once: None
-) -> None:
+def test_an_exception_that_matches_nothing(refused: Refused, llama: Tiny, tmp_path: Path, traced_once: None) -> None:
     out = tmp_path / "out.bundle"
     assert refused("export", llama.adapters[0], "--base", llama.base, "-o", out, "--keep", "*.q_prj=none") == said(
         "the exception '*.q_prj' = 'none' matches none of the model's 16 weights",
@@ -458,9 +456,7 @@ def test_json_is_alone_on_stdout(invoke: Invoke, copied: Exported, llama: Tiny, 
     assert found["run"]["outputs"] == {"logits": {"dtype": "float32", "shape": [1, 3, 128]}}
 
 
-def test_adapters_that_a_bundle_does_not_have(
-    refused: Refused, exported: Exported, llama: Tiny, inputs: Path
-) -> None:
+def test_adapters_that_a_bundle_does_not_have(refused: Refused, exported: Exported, llama: Tiny, inputs: Path) -> None:
     swap = exported("llama")
     merged = exported("llama", adapters=llama.adapters[:1], merge=True)
     known = "adapters in this bundle: adapter0, adapter1"
@@ -533,9 +529,7 @@ def test_adding_a_dora(invoke: Invoke, refused: Refused, copied: Exported, llama
     )
 
 
-def test_adding_an_adapter_of_another_base(
-    refused: Refused, copied: Exported, llama: Tiny, tmp_path: Path
-) -> None:
+def test_adding_an_adapter_of_another_base(refused: Refused, copied: Exported, llama: Tiny, tmp_path: Path) -> None:
     bundle = copied("llama")
     folder = Path(shutil.copytree(llama.adapters[0], tmp_path / "foreign"))
     stamp = json.loads((folder / "base_fingerprint.json").read_text())
@@ -551,9 +545,7 @@ def test_adding_an_adapter_of_another_base(
     )
 
 
-def test_adding_an_adapter_that_does_nothing(
-    refused: Refused, copied: Exported, alter: Alter, llama: Tiny
-) -> None:
+def test_adding_an_adapter_that_does_nothing(refused: Refused, copied: Exported, alter: Alter, llama: Tiny) -> None:
     bundle = copied("llama")
     before = content(bundle)
     folder = alter(tensors=lambda tensors: {k: v * ("lora_B" not in k) for k, v in tensors.items()})

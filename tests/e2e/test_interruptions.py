@@ -20,6 +20,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 LAST_CALL = {"pack": 2, "golden_outputs": 2, "write_manifest": 3, "sync_tree": 1}
 posix = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
+
 @pytest.fixture
 def llama(tiny: Callable[[str], Tiny]) -> Tiny:
     return tiny("llama")

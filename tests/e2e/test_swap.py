@@ -29,6 +29,7 @@ from tests.e2e.tiny import ENCODER, save_adapter
 
 GetTiny = Callable[[str], Tiny]
 
+
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_there_and_back_again(name: str, tiny: GetTiny, exported: Exported) -> None:
     bundle, model, inputs = exported(name, quantize="none"), tiny(name), case(name)
@@ -168,9 +169,7 @@ def test_several_adapters_in_one_folder(tiny: GetTiny, tmp_path: Path, traced_on
                 parameter.add_(0.2 * torch.randn_like(parameter))
     tuned.save_pretrained(tmp_path / "first")
 
-    bundle = export_bundle(
-        Recipe((tmp_path / "first",), str(model.base), tmp_path / "out.bundle", quantize="none")
-    )
+    bundle = export_bundle(Recipe((tmp_path / "first",), str(model.base), tmp_path / "out.bundle", quantize="none"))
 
     assert bundle.adapter_names == ("first", "second", "third")
     with open_session(bundle) as session:

@@ -48,9 +48,7 @@ def _from(model: str, config: str, **values: Any) -> Callable[[], Any]:
 
 def _clip() -> Any:
     text = {**SMALL, "max_position_embeddings": 20, "projection_dim": 32}
-    config = transformers.CLIPConfig(
-        text_config=text, vision_config={**IMAGE, "projection_dim": 32}, projection_dim=32
-    )
+    config = transformers.CLIPConfig(text_config=text, vision_config={**IMAGE, "projection_dim": 32}, projection_dim=32)
     return transformers.CLIPModel(config)
 
 
