@@ -101,11 +101,8 @@ def trace_to_onnx(trace: Trace) -> ir.Model:
     # AUTO lets torch fix an axis that the model cannot vary (an image's height); the check below tells which ones.
     shapes = tuple(dict.fromkeys(trace.axes.get(name, {}), torch.export.Dim.AUTO) or None for name in trace.inputs)
     args = tuple(trace.inputs.values())
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), _quiet():
             warnings.simplefilter("ignore")
             exported = torch.export.export(trace.module, args, dynamic_shapes=(shapes,), strict=False)
             program = torch.onnx.export(
@@ -125,12 +122,24 @@ def trace_to_onnx(trace: Trace) -> ir.Model:
             f"torch could not trace {type(trace.module).__name__}: {type(error).__name__}: {_first_line(error)}",
             hint="run with the environment variable TORCH_LOGS=export for details; this architecture may need support",
         ) from error
-    finally:
-        logger.setLevel(level)
     assert program is not None
     model = program.model
     _name_axes(model, trace)
     return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging advice, and the stack of an error that is raised as well."""
+    levels = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:
