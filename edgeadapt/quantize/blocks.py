@@ -69,6 +69,15 @@ def block_count(in_features: int, block_size: int) -> int:
     return -(-in_features // block_size)
 
 
+def in_groups(matrix: Float, block_size: int) -> Float:
+    """Return `matrix` float32[out, in] as float32[out, blocks, block_size], filled up with zeros."""
+    rows, width = matrix.shape
+    blocks = block_count(width, block_size)
+    padded = np.zeros((rows, blocks * block_size), np.float32)
+    padded[:, :width] = matrix
+    return padded.reshape(rows, blocks, block_size)
+
+
 def round_to_nearest(matrix: Float, bits: int, block_size: int, *, symmetric: bool, search: bool = False) -> Blocks:
     """Return `matrix` float32[out, in] in blocks, each weight rounded by itself.
 
@@ -90,10 +99,7 @@ def round_to_nearest(matrix: Float, bits: int, block_size: int, *, symmetric: bo
 def _round_rows(
     rows: Float, bits: int, block_size: int, *, symmetric: bool, search: bool
 ) -> tuple[Codes, Float, Codes]:
-    blocks = block_count(rows.shape[1], block_size)
-    padded = np.zeros((len(rows), blocks * block_size), np.float32)
-    padded[:, : rows.shape[1]] = rows
-    groups = padded.reshape(len(rows), blocks, block_size)
+    groups = in_groups(rows, block_size)
     scales, zeros = grid(groups, bits, symmetric=symmetric, search=search)
     return encode(groups, scales, zeros, bits), scales, zeros.astype(np.uint8)
 

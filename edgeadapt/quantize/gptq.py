@@ -8,12 +8,12 @@ make up for them; scales and zero points are those of the block as it was (GPTQ'
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeadapt.quantize.blocks import Blocks, Codes, Float, block_count, grid
+from edgeadapt.quantize.blocks import Blocks, Codes, Float, encode, grid, in_groups
 
 DAMPING = 0.01
 """Added to the diagonal, as a share of its mean: inputs that the calibration text never excites stay harmless."""
@@ -58,11 +58,32 @@ def round_with_feedback(matrix: Float, inverse: Inverse, bits: int, block_size: 
         bits: 4 or 8.
         block_size: weights along a row that share a scale.
     """
+    scales, zeros = grid(in_groups(matrix, block_size), bits, symmetric=False, search=True)
+    codes = _feed_back(matrix, inverse, scales, zeros, bits=bits, block_size=block_size)
+    return Blocks(codes, scales, zeros.astype(np.uint8), bits, matrix.shape[1])
+
+
+def round_on_grid(matrix: Float, blocks: Blocks, inverse: Inverse | None = None) -> Blocks:
+    """Return `matrix` float32[out, in] on the scales and zero points that `blocks` has; only the codes are new.
+
+    Args:
+        matrix: of the shape that `blocks` stands for.
+        blocks: whose grid it is.
+        inverse: of the second moment of the layer's input, for error feedback; None rounds each weight by itself.
+    """
+    bits, size = blocks.bits, blocks.block_size
+    middle = np.full(blocks.scales.shape, 2 ** (bits - 1), np.float32)
+    zeros = middle if blocks.zero_points is None else blocks.zero_points.astype(np.float32)
+    if inverse is None:
+        codes = encode(in_groups(matrix, size), blocks.scales, zeros, bits)
+    else:
+        codes = _feed_back(matrix, inverse, blocks.scales, zeros, bits=bits, block_size=size)
+    return replace(blocks, codes=codes)
+
+
+def _feed_back(matrix: Float, inverse: Inverse, scales: Float, zeros: Float, *, bits: int, block_size: int) -> Codes:
+    """Return codes uint8[out, blocks, block_size] on a grid float32[out, blocks], with error feedback."""
     rows, width = matrix.shape
-    blocks = block_count(width, block_size)
-    padded = np.zeros((rows, blocks * block_size), np.float32)
-    padded[:, :width] = matrix
-    scales, zeros = grid(padded.reshape(rows, blocks, block_size), bits, symmetric=False, search=True)
     block_of = inverse.order // block_size
     steps_of = np.ascontiguousarray(scales.T)[block_of], np.ascontiguousarray(zeros.T)[block_of]
     rest = np.ascontiguousarray(matrix.T[inverse.order])  # [in, out]: a column of W is a contiguous row here
@@ -73,7 +94,7 @@ def round_with_feedback(matrix: Float, inverse: Inverse, bits: int, block_size: 
         found, errors = _round_columns(part, inverse.factor[here, here], scale, zero, 2**bits - 1)
         codes[:, inverse.order[here]] = found.T
         rest[first + len(part) :] -= inverse.factor[here, first + len(part) :].T @ errors
-    return Blocks(codes.reshape(rows, blocks, block_size), scales, zeros.astype(np.uint8), bits, width)
+    return codes.reshape(rows, -1, block_size)
 
 
 def _round_columns(part: Float, factor: Float, scale: Float, zero: Float, top: int) -> tuple[Codes, Float]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from edgeadapt.quantize.blocks import round_to_nearest
-from edgeadapt.quantize.gptq import invert, round_with_feedback
+from edgeadapt.quantize.gptq import invert, round_on_grid, round_with_feedback
 
 
 def _layer(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,3 +56,29 @@ def test_dead_inputs_and_equal_runs_are_harmless():
     assert np.array_equal(first.scales, second.scales)
     zero = round_with_feedback(weight, invert(np.zeros_like(moment)), 4, 32)
     assert np.abs(zero.dequantize() - weight).max() < 0.5
+
+
+def test_round_on_grid_gives_back_what_made_the_grid() -> None:
+    rng = np.random.default_rng(7)
+    matrix = rng.standard_normal((12, 100)).astype(np.float32)
+    inputs = rng.standard_normal((400, 100)).astype(np.float32) @ rng.standard_normal((100, 100)).astype(np.float32)
+    inverse = invert(inputs.T @ inputs / 400)
+    fed = round_with_feedback(matrix, inverse, 4, 32)
+    nearest = round_to_nearest(matrix, 8, 32, symmetric=True)
+
+    np.testing.assert_array_equal(round_on_grid(matrix, fed, inverse).codes, fed.codes)
+    np.testing.assert_array_equal(round_on_grid(matrix, nearest).codes, nearest.codes)
+
+
+def test_round_on_grid_changes_only_the_codes() -> None:
+    rng = np.random.default_rng(8)
+    matrix = rng.standard_normal((6, 64)).astype(np.float32)
+    blocks = round_to_nearest(matrix, 4, 32, symmetric=False)
+    changed = matrix.copy()
+    changed[2, 5] += 3 * blocks.scales[2, 0]
+
+    result = round_on_grid(changed, blocks)
+
+    assert np.argwhere(result.codes != blocks.codes).tolist() == [[2, 0, 5]]
+    np.testing.assert_array_equal(result.scales, blocks.scales)
+    np.testing.assert_array_equal(result.zero_points, blocks.zero_points)
