@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +13,13 @@ from numpy.typing import NDArray
 
 from edgeadapt.bundle.bundle import Bundle, open_bundle
 from edgeadapt.decoder_spec import DecoderSpec
-from edgeadapt.errors import SessionError
+from edgeadapt.errors import FileError, SessionError
 from edgeadapt.runtime import generate as generation
 from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
 from edgeadapt.runtime.checks import is_whole
 from edgeadapt.runtime.inputs import checked_inputs
 from edgeadapt.runtime.ort import Binding, OrtGraph, Tensor, TensorInfo, check_provider, open_graph
+from edgeadapt.runtime.prepacked import prepacked_graph, shares_weights
 from edgeadapt.runtime.residents import Residents, adapter_key
 from edgeadapt.runtime.rows import run_decoder
 from edgeadapt.runtime.spec import decoder_spec
@@ -32,7 +34,12 @@ Array = NDArray[Any]
 
 
 def open_session(
-    bundle: Bundle | Path | str, *, threads: int | None = None, provider: str = "cpu", keep_graphs: bool = True
+    bundle: Bundle | Path | str,
+    *,
+    threads: int | None = None,
+    provider: str = "cpu",
+    keep_graphs: bool = True,
+    share_weights: bool | None = None,
 ) -> Session:
     """Return a session over a bundle. Graphs are opened when they are first needed.
 
@@ -42,6 +49,10 @@ def open_session(
         provider: "cpu" or "cuda"; "cuda" is an error where it cannot be used, never a silent run on the CPU.
         keep_graphs: keep the plain graph open while an adapter is active, and the slots graph while none is: a swap
             is then instant, at the price of the weights' memory twice. False opens one form at a time.
+        share_weights: have all sessions on this device, of this process and others, use the same memory for weights.
+            It takes a file of 2.3 times the weights' size in the user's cache (see `prepacked.py`), which is written
+            when a graph is first opened. None asks the environment variable EDGEADAPT_SHARE_WEIGHTS (1 or 0), else
+            False. Where the cache cannot be written, a warning says so and the session opens weights of its own.
 
     Raises:
         BundleError: if the folder is no bundle.
@@ -49,7 +60,8 @@ def open_session(
     """
     check_provider(provider)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
-    return Session(opened, threads=threads, provider=provider, keep_graphs=keep_graphs)
+    shared = shares_weights(share_weights, provider)
+    return Session(opened, threads=threads, provider=provider, keep_graphs=keep_graphs, share_weights=shared)
 
 
 class Session:
@@ -58,11 +70,20 @@ class Session:
     Make it with `open_session`; it is a context manager.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None, provider: str, keep_graphs: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None,
+        provider: str,
+        keep_graphs: bool = True,
+        share_weights: bool = False,
+    ) -> None:
         self.bundle = bundle
         self.threads = threads
         self.provider = provider
         self.keep_graphs = keep_graphs
+        self.share_weights = share_weights
         self.spec: DecoderSpec | None = decoder_spec(bundle.manifest)
         self._residents = Residents(bundle)
         self._graphs: dict[str, OrtGraph] = {}
@@ -334,8 +355,7 @@ class Session:
         for role, record in self.bundle.manifest.graphs.items():
             name = record.slots if slots and record.slots is not None else record.plain
             if name not in self._graphs:
-                path = self.bundle.file(name)
-                self._graphs[name] = open_graph(path, threads=self.threads, provider=self.provider)
+                self._graphs[name] = self._open_graph(name)
             graph = self._graphs[name]
             bindings[role] = Binding(graph, {key: value for key, value in tensors.items() if key in graph.optional})
         unused = [key for key in tensors if not any(key in b.graph.optional for b in bindings.values())]
@@ -345,6 +365,16 @@ class Session:
                 hint="check the bundle with `edgeadapt verify`",
             )
         return bindings
+
+    def _open_graph(self, name: str) -> OrtGraph:
+        if self.share_weights:
+            try:
+                path = prepacked_graph(self.bundle, name)
+                return open_graph(path, threads=self.threads, provider=self.provider, optimized=True)
+            except (FileError, SessionError) as error:
+                warnings.warn(f"weights are not shared: {error.message}; {error.hint}", stacklevel=2)
+                self.share_weights = False
+        return open_graph(self.bundle.file(name), threads=self.threads, provider=self.provider)
 
     def _records(self) -> Sequence[GraphRecord]:
         return tuple(self.bundle.manifest.graphs.values())
