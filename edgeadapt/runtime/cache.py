@@ -10,15 +10,16 @@ another adapter is refused.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import SessionError
-from edgeadapt.runtime.ort import Row, Tensor
+from edgeadapt.runtime.ort import Rows, Tensor
 
 Array = NDArray[Any]
 AdapterKey = tuple[tuple[str, float], ...]
@@ -50,7 +51,7 @@ class Cache:
 
     def advance(self, counts: Array) -> None:
         """Count `counts` int64[batch] more tokens."""
-        self._lengths = self._lengths + counts
+        self._lengths += counts  # in place: parts of a cache look at the same numbers
 
     def check_room(self, counts: Array) -> None:
         """Refuse tokens that do not fit.
@@ -66,6 +67,10 @@ class Cache:
                 hint="make a larger one with session.new_cache(batch_size, max_length), or shorten the input",
             )
 
+    def shorten(self, row: int, length: int) -> None:
+        """Forget what a row holds from position `length` on."""
+        self._lengths[row] = min(int(self._lengths[row]), length)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but `rows`, in that order."""
         self._lengths = self._lengths[list(rows)]
@@ -79,21 +84,48 @@ class SharedCache(Cache):
         self.vocab_size = spec.vocab_size
         shape = (batch_size, spec.cache_heads, max_length, spec.cache_head_dim)
         self._device = device
-        self.buffers = {name: Tensor(np.zeros(shape, np.float32), device) for name in spec.cache_names}
-        self._rows: dict[int, dict[str, Row]] = {}
+        self.buffers: Mapping[str, Tensor | Rows] = {
+            name: Tensor(np.zeros(shape, np.float32), device) for name in spec.cache_names
+        }
+        self._parts: dict[tuple[int, int], Self] = {}
 
-    def row(self, index: int) -> Mapping[str, Row]:
+    def row(self, index: int) -> Mapping[str, Tensor | Rows]:
         """Return views of one row's buffers, float32[1, heads, max_length, dim], the same objects at each call."""
-        if index not in self._rows:
-            self._rows[index] = {name: buffer.row(index) for name, buffer in self.buffers.items()}
-        return self._rows[index]
+        return self.part(index, 1).buffers
+
+    def part(self, first: int, count: int) -> Self:
+        """Return rows `first` to `first + count - 1` as a cache that shares their memory, the same one at each call."""
+        if (first, count) not in self._parts:
+            part = copy.copy(self)
+            vars(part).update(
+                _lengths=self._lengths[first : first + count],
+                buffers={name: buffer.rows(first, count) for name, buffer in self.buffers.items()},
+                _parts={},
+            )
+            self._parts[first, count] = part
+        return self._parts[first, count]
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` what row `source` is."""
+        length = int(self._lengths[source])
+        self.write_row(target, {name: x.numpy()[source, :, :length] for name, x in self.buffers.items()}, length)
+
+    def read_row(self, row: int, length: int) -> dict[str, Array]:
+        """Return copies of a row's first `length` tokens, float32[heads, length, dim] by name."""
+        return {name: np.array(x.numpy()[row, :, :length]) for name, x in self.buffers.items()}
+
+    def write_row(self, row: int, content: Mapping[str, Array], length: int) -> None:
+        """Make a row hold the first `length` tokens of what `read_row` returned, and nothing else."""
+        for name, buffer in self.buffers.items():
+            buffer.write(row, content[name][:, :length])
+        self._lengths[row] = length
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all rows but `rows`, in that order (copies the buffers)."""
         super().keep(rows)
         chosen = list(rows)
         self.buffers = {name: Tensor(x.numpy()[chosen], self._device) for name, x in self.buffers.items()}
-        self._rows = {}
+        self._parts = {}
 
 
 class GrowingCache(Cache):

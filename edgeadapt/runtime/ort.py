@@ -95,11 +95,25 @@ class Tensor:
         except _FAILURES as error:
             raise _failed(f"an array {owned.dtype.name}{list(owned.shape)} cannot be on {device!r}", error) from error
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> Rows:
         """Return a view of row `index` with a first axis of 1; it shares memory with this tensor and keeps it alive."""
-        if not 0 <= index < self.shape[0]:
-            raise IndexError(index)
-        return Row(self, index)
+        return self.rows(index, 1)
+
+    def rows(self, first: int, count: int) -> Rows:
+        """Return a view of `count` rows of the first axis; it shares memory with this tensor and keeps it alive."""
+        if first < 0 or count < 1 or first + count > self.shape[0]:
+            raise IndexError((first, count))
+        return Rows(self, first, count)
+
+    def write(self, row: int, values: Array) -> None:
+        """Write `values` over the beginning of row `row`: of each axis as much as they have."""
+        place = (row, *(slice(size) for size in values.shape))
+        if self._array is not None:
+            self._array[place] = values
+            return
+        array = self.numpy()
+        array[place] = values
+        self._value.update_inplace(array)
 
     def numpy(self) -> Array:
         """Return the values: on the CPU the memory itself, else a copy."""
@@ -118,14 +132,33 @@ class Tensor:
         io.bind_ortvalue_output(name, self._value)
 
 
-class Row:
-    """One row of a tensor's first axis, in place: `shape` begins with 1."""
+class Rows:
+    """Some rows of a tensor's first axis, in place."""
 
-    def __init__(self, parent: Tensor, index: int) -> None:
-        self.shape = (1, *parent.shape[1:])
+    def __init__(self, parent: Tensor, first: int, count: int) -> None:
+        self.shape = (count, *parent.shape[1:])
         self.dtype = parent.dtype
         self._parent = parent  # keeps the memory alive
-        self._address = parent.address() + index * math.prod(self.shape) * self.dtype.itemsize
+        self._first = first
+        self._address = parent.address() + first * math.prod(parent.shape[1:]) * self.dtype.itemsize
+
+    def row(self, index: int) -> Rows:
+        """Return a view of row `index` of these."""
+        return self.rows(index, 1)
+
+    def rows(self, first: int, count: int) -> Rows:
+        """Return a view of `count` of these rows."""
+        if first < 0 or count < 1 or first + count > self.shape[0]:
+            raise IndexError((first, count))
+        return self._parent.rows(self._first + first, count)
+
+    def write(self, row: int, values: Array) -> None:
+        """Write `values` over the beginning of row `row` of these; see `Tensor.write`."""
+        self._parent.write(self._first + row, values)
+
+    def numpy(self) -> Array:
+        """Return the values: on the CPU the memory itself, else a copy."""
+        return self._parent.numpy()[self._first : self._first + self.shape[0]]
 
     def bind_input(self, io: Any, name: str) -> None:
         """Bind as input `name` of an ONNX Runtime IOBinding (used by `Binding`)."""
@@ -142,13 +175,13 @@ class Binding:
     def __init__(self, graph: OrtGraph, base: Mapping[str, Tensor]) -> None:
         self.graph = graph
         self._io = graph.new_io_binding()
-        self._inputs: dict[str, Tensor | Row] = {}
-        self._outputs: dict[str, Tensor | Row | None] = {}
-        self._shared: Mapping[str, Tensor | Row] | None = None
+        self._inputs: dict[str, Tensor | Rows] = {}
+        self._outputs: dict[str, Tensor | Rows | None] = {}
+        self._shared: Mapping[str, Tensor | Rows] | None = None
         for name, tensor in base.items():
             self.set_input(name, tensor)
 
-    def set_input(self, name: str, tensor: Tensor | Row) -> None:
+    def set_input(self, name: str, tensor: Tensor | Rows) -> None:
         """Bind `tensor` to input `name` until it is replaced."""
         if self._inputs.get(name) is tensor:
             return
@@ -159,7 +192,7 @@ class Binding:
             raise _failed(what, error) from error
         self._inputs[name] = tensor
 
-    def set_output(self, name: str, tensor: Tensor | Row) -> None:
+    def set_output(self, name: str, tensor: Tensor | Rows) -> None:
         """Have output `name` written into `tensor` until it is replaced."""
         if self._outputs.get(name) is tensor:
             return
@@ -170,7 +203,7 @@ class Binding:
             raise _failed(what, error) from error
         self._outputs[name] = tensor
 
-    def share(self, group: Mapping[str, Tensor | Row], past: str, present: str) -> None:
+    def share(self, group: Mapping[str, Tensor | Rows], past: str, present: str) -> None:
         """Bind each tensor of `group` as input `past` + name and as output `present` + name at once.
 
         The same mapping again costs nothing, however many tensors it holds.
