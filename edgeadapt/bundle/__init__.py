@@ -5,8 +5,9 @@ from edgeadapt.bundle.bind import bind, check_inputs, check_takes_adapters
 from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle, open_bundle
 from edgeadapt.bundle.golden import Golden, check_golden, make_golden
+from edgeadapt.bundle.stored import as_stored
 from edgeadapt.bundle.verify import Finding, verify_files
-from edgeadapt.bundle.write import as_stored, write_adapter, write_assets, write_manifest
+from edgeadapt.bundle.write import write_adapter, write_assets, write_manifest
 
 __all__ = [
     "Bundle",

@@ -17,7 +17,7 @@ _MAX_BYTES = 2**26
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """One tensor of `adapter.onnx_adapter`: dtype "float32" or "float16", and shape."""
+    """One tensor of `adapter.onnx_adapter`: dtype ("float32", "float16", "int8") and shape."""
 
     dtype: str
     shape: tuple[int, ...]

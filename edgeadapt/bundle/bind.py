@@ -174,7 +174,7 @@ def _checked(adapter: str, name: str, value: Array) -> Array:
         )
     with np.errstate(over="ignore"):  # what overflows is refused below
         result = np.ascontiguousarray(value, dtype=np.float32).reshape(value.shape)
-    if not np.isfinite(result).all():
+    if result.dtype != value.dtype and not np.isfinite(result).all():
         raise BundleError(f"adapter {adapter!r}: {name!r} does not fit into float32", hint="the adapter is damaged")
     return result
 

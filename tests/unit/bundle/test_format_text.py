@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
-from edgeadapt.bundle import adapter_json, golden, manifest, rules
+from edgeadapt.bundle import adapter_json, golden, manifest, rules, stored
 from edgeadapt.bundle.bind import bind
 from edgeadapt.bundle.write import write_adapter, write_manifest
 
@@ -44,7 +44,7 @@ def test_every_field_is_in_the_text(text, cls):
 def test_the_fixed_words_are_in_the_text(text):
     for word in (manifest.SCHEMA, adapter_json.SCHEMA, golden.SCHEMA):
         assert f'`"{word}"`' in text
-    for word in (*rules.TERMS, *rules.ROLES, *rules.MODULE_TYPES, *rules.ADAPTER_DTYPES):
+    for word in (*rules.TERMS, *rules.ROLES, *rules.MODULE_TYPES, *stored.DTYPES):
         assert f"`{word}`" in text
 
 

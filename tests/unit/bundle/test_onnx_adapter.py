@@ -16,10 +16,13 @@ TENSORS = {
     "layer.q.lora_A": np.arange(5, dtype=np.float16).reshape(5, 1),
     "ünï": np.array([2.5], np.float32),
     "x": np.ones((2, 1, 3, 3), np.float32),
+    "y": np.array([[-128, 127], [0, 1]], np.int8),
 }
 NAMES = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=20)
 ARRAYS = st.tuples(
-    st.sampled_from([np.float32, np.float16]), st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(0, 9)
+    st.sampled_from([np.float32, np.float16, np.int8]),
+    st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    st.integers(0, 9),
 ).map(lambda item: np.random.default_rng(item[2]).normal(size=item[1]).astype(item[0]))
 
 
@@ -177,7 +180,9 @@ def _field(data: bytes, index: int, field: int, value: int) -> bytes:
 
 @pytest.mark.parametrize("code", [0, 2, 7, 8, 16, -1, 2**31 - 1])
 def test_other_data_types_are_refused(code):
-    with pytest.raises(BundleError, match=rf"tensor 'b' has data type {code}; only 1 \(float32\) and 10 \(float16\)"):
+    with pytest.raises(
+        BundleError, match=rf"'b' has data type {code}; only 1 \(float32\), 3 \(int8\) and 10 \(float16\)"
+    ):
         parse_onnx_adapter(_field(SMALL, 1, 12, code), "f")
 
 

@@ -81,7 +81,7 @@ def _slot(manifest, **changes):
     ("changes", "message"),
     [
         (lambda _: {"schema": "x"}, "f: schema is 'x', must be 'edgeadapt.bundle/1'"),
-        (lambda _: {"adapter_dtype": "int8"}, "f: adapter_dtype is 'int8', must be one of float32, float16"),
+        (lambda _: {"adapter_dtype": "int4"}, "f: adapter_dtype is 'int4', must be one of float32, float16, int8"),
         (lambda _: {"graphs": {}}, "f: graphs is empty"),
         (
             lambda m: {"merged": "x", "files": m.files},

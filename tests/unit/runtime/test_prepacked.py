@@ -14,9 +14,10 @@ import pytest
 
 from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.errors import BundleError, FileError, SessionError
-from edgeadapt.runtime import prepacked
+from edgeadapt.runtime import device_cache, prepacked
+from edgeadapt.runtime.device_cache import cache_folder
 from edgeadapt.runtime.ort import open_graph
-from edgeadapt.runtime.prepacked import cache_folder, prepacked_graph
+from edgeadapt.runtime.prepacked import mapped_adapter, prepacked_graph
 from edgeadapt.runtime.session import open_session
 
 IDS = {"input_ids": np.array([[5, 9, 2, 7]])}
@@ -28,7 +29,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache for each test."""
     monkeypatch.setenv("EDGEADAPT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("EDGEADAPT_SHARE_WEIGHTS", raising=False)
-    return tmp_path / "cache" / "prepacked"
+    return tmp_path / "cache" / "shared"
 
 
 def outputs(path, adapter, **options):
@@ -44,7 +45,7 @@ def test_shared_sessions_give_the_same_outputs_and_map_one_file(decoder, cache):
         shared, is_shared = outputs(path, adapter, share_weights=True)
         assert is_shared
         np.testing.assert_array_equal(ours, shared)
-    files = [entry / "weights.bin" for entry in cache.iterdir()]
+    files = list(cache.glob("*/weights.bin"))
     assert len(files) == 2  # the plain graph's and the slots graph's
     assert len({file.stat().st_ino for file in files}) == 1
     assert files[0].stat().st_size > 0
@@ -98,13 +99,13 @@ def test_a_damaged_file_is_made_again(decoder, cache, file, damage):
     assert (entry / file).read_bytes() == good
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[", '{"schema": "edgeadapt.prepacked/2"}'])
+@pytest.mark.parametrize("text", ["", "{}", "[", '{"schema": "edgeadapt.shared/2"}'])
 def test_a_damaged_record_is_made_again(decoder, cache, text):
     outputs(decoder[0], None, share_weights=True)
     (entry,) = cache.iterdir()
     (entry / "record.json").write_text(text)
     assert outputs(decoder[0], None, share_weights=True)[1]
-    assert json.loads((entry / "record.json").read_text())["schema"] == "edgeadapt.prepacked/1"
+    assert json.loads((entry / "record.json").read_text())["schema"] == "edgeadapt.shared/1"
 
 
 def test_a_copied_cache_is_used_after_a_look_at_its_digests(decoder, cache, monkeypatch):
@@ -113,6 +114,48 @@ def test_a_copied_cache_is_used_after_a_look_at_its_digests(decoder, cache, monk
     shutil.copytree(cache.with_name("old"), cache, copy_function=shutil.copyfile)  # with new times
     monkeypatch.setattr(prepacked, "save_prepacked", None)
     assert outputs(decoder[0], None, share_weights=True)[1]
+
+
+def test_adapters_are_views_of_a_file(decoder, cache):
+    bundle = open_bundle(decoder[0])
+    expected = bundle.adapter_tensors("a")
+    for _ in range(2):  # made, and found
+        mapped = mapped_adapter(bundle, "a")
+        assert mapped.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(mapped[name], value)
+            assert not mapped[name].flags.writeable
+            assert mapped[name].ctypes.data % 64 == 0
+    assert len(list(cache.glob("*/tensors.bin"))) == 1
+
+
+def test_a_damaged_adapter_of_the_cache_is_made_again(decoder, cache):
+    expected, _ = outputs(decoder[0], "a", share_weights=True)
+    (file,) = cache.glob("*/tensors.bin")
+    file.write_bytes(bytes(file.stat().st_size))
+    os.utime(file, ns=(1, 1))
+    np.testing.assert_array_equal(outputs(decoder[0], "a", share_weights=True)[0], expected)
+
+
+def test_blends_and_lent_adapters_work_on_mapped_ones(decoder, cache):
+    found = []
+    for share in (False, True):
+        with open_session(decoder[0], threads=1, share_weights=share) as session:
+            session.lend("mine", session.bundle.adapter_tensors("b"))
+            session.use({"a": 0.5, "mine": 0.5})
+            found.append(session.run(IDS)["logits"])
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_cache_that_takes_the_graph_but_no_adapter_is_said(decoder, cache, monkeypatch):
+    def full(_folder, _tensors):
+        raise FileError("cannot write here", hint="free some space")
+
+    monkeypatch.setattr(prepacked, "_write_tensors", full)
+    with pytest.warns(UserWarning, match="adapters are not shared: cannot write here; free some space"):
+        found, is_shared = outputs(decoder[0], "a", share_weights=True)
+    assert is_shared
+    np.testing.assert_array_equal(found, outputs(decoder[0], "a")[0])
 
 
 def test_another_version_or_processor_gets_files_of_its_own(decoder, cache, monkeypatch):
@@ -140,8 +183,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(decoder, tmp_pa
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("EDGEADAPT_CACHE_DIR", str(blocked))
-    message = f"weights are not shared: cannot write {blocked / 'prepacked'}: Not a directory"
-    with pytest.warns(UserWarning, match=re.escape(message)):
+    message = f"weights are not shared: cannot write {blocked / 'shared'}: Not a directory"
+    with pytest.warns(UserWarning, match=re.escape(message)), pytest.warns(match="adapters are not shared"):
         found, is_shared = outputs(decoder[0], "a", share_weights=True)
     assert not is_shared
     np.testing.assert_array_equal(found, outputs(decoder[0], "a")[0])
@@ -219,13 +262,13 @@ def test_a_cached_graph_opens_as_any_other(decoder):
 
 def test_the_cache_lies_where_users_expect_it(monkeypatch):
     monkeypatch.delenv("EDGEADAPT_CACHE_DIR")
-    monkeypatch.setattr(prepacked.sys, "platform", "linux")
+    monkeypatch.setattr(device_cache.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
     assert cache_folder() == Path("/x/edgeadapt")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "edgeadapt"
-    monkeypatch.setattr(prepacked.sys, "platform", "darwin")
+    monkeypatch.setattr(device_cache.sys, "platform", "darwin")
     assert cache_folder() == Path.home() / "Library" / "Caches" / "edgeadapt"
-    monkeypatch.setattr(prepacked.sys, "platform", "win32")
+    monkeypatch.setattr(device_cache.sys, "platform", "win32")
     monkeypatch.setenv("LOCALAPPDATA", "C:/Users/u/AppData/Local")
     assert cache_folder() == Path("C:/Users/u/AppData/Local/edgeadapt/cache")
