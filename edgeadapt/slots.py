@@ -12,7 +12,8 @@ class Slot:
 
     site: module path in the base; graphs: roles of the graphs that hold it
     type: linear | conv1d | conv2d | embedding (| norm, other: gain and offset only)
-    inputs: graph input per term ("a", "b", "gain", "offset"); a term that is absent has no input
+    inputs: input per term ("a", "b", "gain", "offset"); a term that is absent has no input. It is the graph's input,
+        except for a module of a joined product
     """
 
     site: str
@@ -20,6 +21,20 @@ class Slot:
     type: str
     in_features: int
     out_features: int
+    inputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Modules of one graph whose products are computed as one, with one branch for their adapters.
+
+    graph: the graph's role; sites: the modules, in the order of their outputs; all have slots with the same terms
+    inputs: graph input per term, for all of the modules together: A float32[in, sum of ranks] holds their A side by
+        side, B float32[sum of ranks, sum of outs] theirs as blocks on the diagonal, gain and offset one after the other
+    """
+
+    graph: str
+    sites: tuple[str, ...]
     inputs: Mapping[str, str]
 
 

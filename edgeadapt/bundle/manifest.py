@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeadapt.slots import GraphRecord, ParameterSlot, Slot
+from edgeadapt.slots import GraphRecord, Joined, ParameterSlot, Slot
 
 SCHEMA = "edgeadapt.bundle/1"
 
@@ -48,12 +48,31 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """What was left out of an adapter when it was exported, and what that cost.
+
+    max_kl: the budget in nats; kl: the mean KL divergence of the whole adapter's answers from these, unquantized
+    ranks, sites, parameters: what is left, over all sites; ranks_before, sites_before, parameters_before: what there was
+    """
+
+    max_kl: float
+    kl: float
+    ranks_before: int
+    ranks: int
+    sites_before: int
+    sites: int
+    parameters_before: int
+    parameters: int
+
+
+@dataclass(frozen=True)
 class AdapterRecord:
     """One adapter in the bundle.
 
     minimum_effect: how far its golden outputs are from the base's, relative to the largest base output; verified
     base_checked: "stamp" (its own base fingerprint matched), "shapes" (only module names and shapes could be checked)
     labels: class names that go with its head, if any
+    pruned: what was left out of it, or None
     """
 
     kind: str
@@ -63,12 +82,14 @@ class AdapterRecord:
     tolerance: float
     base_checked: str
     labels: tuple[str, ...] = ()
+    pruned: Pruning | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Everything a reader must know of a bundle. JSON of exactly these fields; unknown ones are refused.
 
+    joined: slots whose modules share a branch in a graph
     merged: the adapter that was merged into the weights, or None
     quantization: the record that `quantize` returned; parity and quality: what was measured against torch (see
         edgeadapt.quality); generation: the fields of DecoderSpec, or None
@@ -92,5 +113,6 @@ class Manifest:
     runtime: Mapping[str, Any]
     generation: Mapping[str, Any] | None = None
     labels: tuple[str, ...] = ()
+    joined: tuple[Joined, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""

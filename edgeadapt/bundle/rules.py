@@ -15,7 +15,7 @@ from edgeadapt.bundle.stored import DTYPES
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import from_mapping, to_mapping
 from edgeadapt.files import canonical_json, parse_json
-from edgeadapt.slots import Slot
+from edgeadapt.slots import Joined, Slot
 
 WEIGHTS_FILE = "graph/weights.bin"
 ROLES = ("graph", "weights", "asset", "adapter", "golden")
@@ -86,8 +86,9 @@ def adapter_paths(name: str) -> tuple[str, ...]:
 
 
 def slot_inputs(manifest: Manifest) -> dict[str, str]:
-    """Return what each adapter input of the graphs belongs to: input name to site or parameter name."""
+    """Return what each adapter input belongs to: input name to site or parameter name."""
     inputs = {name: slot.site for slot in manifest.slots for name in slot.inputs.values()}
+    inputs |= {name: "+".join(joined.sites) for joined in manifest.joined for name in joined.inputs.values()}
     return inputs | {parameter.input: parameter.parameter for parameter in manifest.parameters}
 
 
@@ -169,6 +170,22 @@ def _check_slots(manifest: Manifest, where: str) -> None:
         if any(isinstance(axis, int) and axis <= 0 for axis in parameter.shape):
             raise _broken(where, f"parameter slot {parameter.parameter!r} has the shape {list(parameter.shape)}")
         _check_roles(parameter.parameter, parameter.graphs, manifest, where)
+    for joined in manifest.joined:
+        _check_joined(joined, manifest, where)
+
+
+def _check_joined(joined: Joined, manifest: Manifest, where: str) -> None:
+    what = f"joined modules {', '.join(joined.sites)}"
+    slots = {slot.site: slot for slot in manifest.slots}
+    if len(joined.sites) < 2 or len(set(joined.sites)) < len(joined.sites):
+        raise _broken(where, f"{what}: there must be two or more, each once")
+    for site in joined.sites:
+        if site not in slots or joined.graph not in slots[site].graphs:
+            raise _broken(where, f"{what}: {site!r} has no slot in graph {joined.graph!r}")
+        if slots[site].inputs.keys() != joined.inputs.keys():
+            raise _broken(where, f"{what}: terms {sorted(joined.inputs)}, slot {site!r} has other terms")
+        if slots[site].type != "linear" or slots[site].in_features != slots[joined.sites[0]].in_features:
+            raise _broken(where, f"{what}: {site!r} is no linear layer of the same input")
 
 
 def _check_roles(name: str, roles: tuple[str, ...], manifest: Manifest, where: str) -> None:
@@ -191,6 +208,10 @@ def _check_slot(slot: Slot, where: str) -> None:
 
 def _check_inputs(manifest: Manifest, where: str) -> None:
     slots = [name for slot in manifest.slots for name in slot.inputs.values()]
+    for role in manifest.graphs:
+        found = [joined for joined in manifest.joined if joined.graph == role]
+        _check_unique(where, f"joined module of graph {role!r}", (site for joined in found for site in joined.sites))
+        slots += [name for joined in found for name in joined.inputs.values() if name not in slots]
     names = [*slots, *(parameter.input for parameter in manifest.parameters)]
     _check_unique(where, "adapter input", names)
     for role, graph in manifest.graphs.items():

@@ -2,7 +2,8 @@
 
 A marker is a node of domain `edgeadapt` that passes a tensor through and remembers where it comes from:
 
-- `AdapterSite(x, y) -> y`, attribute `site` (module path): a module with input x and output y;
+- `AdapterSite(x, y) -> y`, attribute `site` (module path): a module with input x and output y; or `sites`: modules
+  that all read x, their outputs one after the other in y;
 - `ParameterSite(p) -> p`, attribute `parameter` (parameter name): a parameter that an adapter replaces whole.
 
 Markers survive fusion and quantization; `quantize.pack` lowers them last.
@@ -11,7 +12,7 @@ Markers survive fusion and quantization; `quantize.pack` lowers them last.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -27,10 +28,8 @@ class Graph:
     """ONNX models by role with markers in place.
 
     models: "model" for a single pass, "decoder" for a decoder, "encoder" and "decoder" for a sequence-to-sequence model
-    seconds: time per stage of the export, for the user's eyes (not part of the bundle)
     """
 
     models: Mapping[str, ir.Model]
     task: str
     generation: DecoderSpec | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)

@@ -7,6 +7,7 @@ defaults are the identity; everywhere else the marker goes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,21 @@ import onnx_ir as ir
 from edgeadapt.adapters.adapter import TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import ADAPTER_SITE, MARKER_DOMAIN, PARAMETER_SITE
+from edgeadapt.quantize.join import joined_name, sites_of
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What became optional inputs of one graph.
+
+    terms: per module the terms that it takes ("a", "b", "gain", "offset"); modules of a joined product take the same
+    joined: the modules of each joined product that takes adapters, in the order of their outputs
+    parameters: names of the parameters that can be replaced
+    """
+
+    terms: Mapping[str, frozenset[str]]
+    joined: tuple[tuple[str, ...], ...]
+    parameters: tuple[str, ...]
 
 
 def lower(
@@ -23,8 +39,8 @@ def lower(
     replaced: set[str],
     flexible: set[str],
     modules: Mapping[str, TargetModule],
-) -> tuple[list[str], list[str]]:
-    """Replace every marker of `model` in place; return the sites and parameters that became inputs.
+) -> Lowered:
+    """Replace every marker of `model` in place; return what became inputs.
 
     Args:
         model: one graph with markers.
@@ -42,18 +58,18 @@ def lower(
             name = node.attributes["parameter"].as_string()
             result = lowering.parameter(node, name, name in flexible) if name in replaced else _given(node, 0)
         elif node.op_type == ADAPTER_SITE:
-            site = node.attributes["site"].as_string()
-            terms = wanted.get(site, frozenset())
-            varies = f"{site}.weight" in flexible & replaced
-            result = lowering.site(node, site, terms, modules, varies=varies) if terms else _given(node, 1)
+            sites = sites_of(node)
+            terms = frozenset[str]().union(*(wanted.get(site, frozenset()) for site in sites))
+            varies = f"{sites[0]}.weight" in flexible & replaced
+            result = lowering.site(node, sites, terms, modules, varies=varies) if terms else _given(node, 1)
         else:
             raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
         _replace(graph, node, result)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     _drop_unused_initializers(graph)
-    if lowering.sites or lowering.parameters:
+    if lowering.terms or lowering.parameters:
         _forget_shapes(graph, flexible & set(lowering.parameters))
-    return list(lowering.sites), list(lowering.parameters)
+    return Lowered(lowering.terms, tuple(lowering.joined), tuple(lowering.parameters))
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:
@@ -84,6 +100,8 @@ class _Lowering:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.sites: dict[str, dict[str, ir.Value]] = {}
+        self.terms: dict[str, frozenset[str]] = {}
+        self.joined: dict[tuple[str, ...], None] = {}
         self.parameters: dict[str, ir.Value] = {}
 
     def parameter(self, node: ir.Node, name: str, flexible: bool) -> ir.Value:
@@ -102,14 +120,26 @@ class _Lowering:
         return self.parameters[name]
 
     def site(
-        self, node: ir.Node, site: str, terms: frozenset[str], modules: Mapping[str, TargetModule], *, varies: bool
+        self,
+        node: ir.Node,
+        sites: tuple[str, ...],
+        terms: frozenset[str],
+        modules: Mapping[str, TargetModule],
+        *,
+        varies: bool,
     ) -> ir.Value:
-        """Return y' = (y + (x A) B) * gain + offset for the terms in use.
+        """Return y' = (y + (x A) B) * gain + offset for the terms in use; one branch for all `sites` of a product.
 
         Where the number of outputs `varies` (a head that another adapter replaces), the defaults have one output, which
         stands for any number.
         """
-        module = modules[site]
+        self.terms |= dict.fromkeys(sites, terms)
+        module = modules[sites[0]]
+        if len(sites) > 1:
+            self.joined[sites] = None
+            width = sum(modules[site].out_features for site in sites)
+            module = replace(module, path=joined_name(sites), out_features=width)
+        site = module.path
         inputs = self.sites.setdefault(site, {})
         x, y = _given(node, 0), _given(node, 1)
         nodes: list[ir.Node] = []
@@ -121,7 +151,8 @@ class _Lowering:
             if term in terms:
                 if term not in inputs:
                     size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
-                    inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), [axis])
+                    shape = None if module.type == "linear" else [axis]
+                    inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), shape)
                 vector = inputs[term]
                 y = _append(nodes, op, [y, _per_channel(nodes, vector, module)])
         self.graph.insert_before(node, nodes)
@@ -135,13 +166,14 @@ class _Lowering:
             axes = {"rank": f"{site}.rank", "out": f"{site}.out" if varies else module.out_features}
             for term, name, shape in zip("ab", ("lora_A", "lora_B"), _low_rank_shapes(module), strict=True):
                 default = np.zeros([sizes[d] if isinstance(d, str) else d for d in shape], np.float32)
-                inputs[term] = self._input(
-                    f"{site}.{name}", default, [axes[d] if isinstance(d, str) else d for d in shape]
-                )
+                declared = [axes[d] if isinstance(d, str) else d for d in shape]
+                inputs[term] = self._input(f"{site}.{name}", default, None if module.type == "linear" else declared)
         return inputs["a"], inputs["b"]
 
-    def _input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str]) -> ir.Value:
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
+    def _input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str] | None) -> ir.Value:
+        """Add an optional input. Without a declared shape it may get a first axis: one adapter for each row."""
+        declared = None if shape is None else ir.Shape(shape)
+        value = ir.Value(name=name, shape=declared, type=ir.TensorType(ir.DataType.FLOAT))
         value.const_value = ir.tensor(np.ascontiguousarray(default, np.float32), name=name)
         self.graph.inputs.append(value)
         self.graph.register_initializer(value)

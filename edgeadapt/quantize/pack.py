@@ -17,8 +17,9 @@ import onnx_ir as ir
 from edgeadapt.adapters.adapter import ResolvedAdapter, TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import Graph
-from edgeadapt.quantize.lower import lower
-from edgeadapt.slots import GraphRecord, ParameterSlot, Slot
+from edgeadapt.quantize.join import join_products, joined_name
+from edgeadapt.quantize.lower import Lowered, lower
+from edgeadapt.slots import GraphRecord, Joined, ParameterSlot, Slot
 
 WEIGHTS = "weights.bin"
 EXTERNAL_FROM_BYTES = 1024
@@ -32,6 +33,7 @@ class Packed:
     graphs: Mapping[str, GraphRecord]
     slots: tuple[Slot, ...]
     parameters: tuple[ParameterSlot, ...]
+    joined: tuple[Joined, ...]
 
 
 def pack(
@@ -60,34 +62,45 @@ def pack(
     target = folder / "graph"
     target.mkdir(parents=True, exist_ok=True)
     files: dict[str, GraphRecord] = {}
-    sites: dict[str, list[str]] = {}
-    parameters: dict[str, list[str]] = {}
+    lowered: dict[str, Lowered] = {}
     with (target / WEIGHTS).open("wb") as stream:
         store = _Store(stream)
         for role, model in graph.models.items():
             inputs = tuple(str(value.name) for value in model.graph.inputs)
             outputs = tuple(str(value.name) for value in model.graph.outputs)
+            join_products(model)
             slots_model = model.clone() if adapters else None
             lower(model, {}, set(), set(), modules)
             _save(model, target / f"{role}.plain.onnx", store)
             slots_name = None
             if slots_model is not None:
-                found_sites, found_parameters = lower(slots_model, wanted, replaced, flexible, modules)
-                if found_sites or found_parameters:
+                lowered[role] = lower(slots_model, wanted, replaced, flexible, modules)
+                if lowered[role].terms or lowered[role].parameters:
                     slots_name = f"graph/{role}.slots.onnx"
                     _save(slots_model, target / f"{role}.slots.onnx", store)
-                for site in found_sites:
-                    sites.setdefault(site, []).append(role)
-                for parameter in found_parameters:
-                    parameters.setdefault(parameter, []).append(role)
             files[role] = GraphRecord(f"graph/{role}.plain.onnx", slots_name, inputs, outputs)
-    _all_found(set(wanted) - set(sites), replaced - set(parameters))
+    terms = {site: used for found in lowered.values() for site, used in found.terms.items()}
+    parameters = {name for found in lowered.values() for name in found.parameters}
+    _all_found(set(wanted) - set(terms), replaced - parameters)
     return Packed(
         graphs=files,
-        slots=tuple(_slot(site, roles, wanted[site], modules[site]) for site, roles in sorted(sites.items())),
+        slots=tuple(
+            _slot([role for role in lowered if site in lowered[role].terms], used, modules[site])
+            for site, used in sorted(terms.items())
+        ),
         parameters=tuple(
-            ParameterSlot(name, tuple(roles), name, _parameter_shape(name, adapters, name in flexible))
-            for name, roles in sorted(parameters.items())
+            ParameterSlot(
+                name,
+                tuple(role for role in lowered if name in lowered[role].parameters),
+                name,
+                _parameter_shape(name, adapters, name in flexible),
+            )
+            for name in sorted(parameters)
+        ),
+        joined=tuple(
+            Joined(role, sites, _inputs(joined_name(sites), found.terms[sites[0]]))
+            for role, found in lowered.items()
+            for sites in found.joined
         ),
     )
 
@@ -112,10 +125,14 @@ def _all_found(sites: set[str], parameters: set[str]) -> None:
         )
 
 
-def _slot(site: str, roles: list[str], terms: frozenset[str], module: TargetModule) -> Slot:
+def _slot(roles: list[str], terms: frozenset[str], module: TargetModule) -> Slot:
+    inputs = _inputs(module.path, terms)
+    return Slot(module.path, tuple(roles), module.type, module.in_features, module.out_features, inputs)
+
+
+def _inputs(path: str, terms: frozenset[str]) -> dict[str, str]:
     names = {"a": "lora_A", "b": "lora_B", "gain": "gain", "offset": "offset"}
-    inputs = {term: f"{site}.{name}" for term, name in names.items() if term in terms}
-    return Slot(site, tuple(roles), module.type, module.in_features, module.out_features, inputs)
+    return {term: f"{path}.{name}" for term, name in names.items() if term in terms}
 
 
 def _parameter_shape(name: str, adapters: Sequence[ResolvedAdapter], flexible: bool) -> tuple[int | str, ...]:

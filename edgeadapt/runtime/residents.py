@@ -8,6 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edgeadapt.bundle.assemble import assemble
 from edgeadapt.bundle.bind import check_inputs
 from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle
@@ -29,7 +30,8 @@ class Residents:
     def __init__(self, bundle: Bundle, *, mapped: bool = False) -> None:
         self._bundle = bundle
         self._mapped = mapped
-        self._loaded: dict[str, dict[str, Tensor]] = {}
+        self._loaded: dict[str, dict[str, Array]] = {}
+        self._ready: dict[str, dict[str, Tensor]] = {}
         self._lent: set[str] = set()
 
     def tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
@@ -39,9 +41,11 @@ class Residents:
             BundleError: if a file is damaged or holds what is no slot of this bundle, or a blend is impossible.
         """
         if len(key) == 1 and key[0][1] == 1.0:
-            return self._load(key[0][0])
-        parts = [(weight, {slot: t.numpy() for slot, t in self._load(name).items()}) for name, weight in key]
-        return {slot: Tensor(value) for slot, value in blend(parts, self._bundle.manifest).items()}
+            name = key[0][0]
+            if name not in self._ready:
+                self._ready[name] = self._assembled(self._load(name))
+            return self._ready[name]
+        return self._assembled(blend([(weight, self._load(name)) for name, weight in key], self._bundle.manifest))
 
     @property
     def lent(self) -> tuple[str, ...]:
@@ -56,18 +60,22 @@ class Residents:
         """
         values = check_inputs(name, tensors, self._bundle.manifest)
         self._lent.add(name)
-        self._loaded[name] = {slot: Tensor(value) for slot, value in values.items()}
+        self._loaded[name] = values
+        self._ready.pop(name, None)
 
     def evict(self, name: str) -> bool:
         """Forget an adapter's tensors; return whether it was loaded."""
         self._lent.discard(name)
+        self._ready.pop(name, None)
         return self._loaded.pop(name, None) is not None
 
-    def _load(self, name: str) -> dict[str, Tensor]:
+    def _assembled(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+        return {name: Tensor(value) for name, value in assemble(arrays, self._bundle.manifest).items()}
+
+    def _load(self, name: str) -> Mapping[str, Array]:
         if name not in self._loaded:
             # the bundle checks digest, names, shapes and values; ONNX Runtime checks none of them
-            tensors = self._read(name)
-            self._loaded[name] = {slot: Tensor(value) for slot, value in tensors.items()}
+            self._loaded[name] = dict(self._read(name))
         return self._loaded[name]
 
     def _read(self, name: str) -> Mapping[str, Array]:
