@@ -107,7 +107,7 @@ class Tensor:
 
     def write(self, row: int, values: Array) -> None:
         """Write `values` over the beginning of row `row`: of each axis as much as they have."""
-        place = (row, *(slice(size) for size in values.shape))
+        place: tuple[Any, ...] = (row, *(slice(size) for size in values.shape))
         if self._array is not None:
             self._array[place] = values
             return

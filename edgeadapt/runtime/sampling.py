@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,20 @@ from edgeadapt.errors import SessionError
 from edgeadapt.runtime.checks import is_finite, is_whole
 
 Array = NDArray[Any]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `Session.generate`; see `Sampling`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: str | Sequence[str]
+    chat: bool | None
+    ignore_eos: bool
+    prefill_chunk: int
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
@@ -15,8 +15,10 @@ from edgeadapt.bundle.bundle import Bundle, open_bundle
 from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import FileError, SessionError
 from edgeadapt.runtime import generate as generation
+from edgeadapt.runtime.batch import Batch
 from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
 from edgeadapt.runtime.checks import is_whole
+from edgeadapt.runtime.groups import run_groups
 from edgeadapt.runtime.inputs import checked_inputs
 from edgeadapt.runtime.ort import Binding, OrtGraph, Tensor, TensorInfo, check_provider, open_graph
 from edgeadapt.runtime.prepacked import prepacked_graph, shares_weights
@@ -27,8 +29,10 @@ from edgeadapt.runtime.step import Wanted, run_step
 from edgeadapt.slots import GraphRecord
 
 if TYPE_CHECKING:
-    from edgeadapt.runtime.generate import Generation, Options, Prompt
+    from edgeadapt.runtime.prompts import Prompt
+    from edgeadapt.runtime.sampling import Options
     from edgeadapt.runtime.tokenizer import TextCoder
+    from edgeadapt.runtime.writer import Generation
 
 Array = NDArray[Any]
 
@@ -115,11 +119,33 @@ class Session:
     @property
     def adapter(self) -> str | dict[str, float] | None:
         """The active adapter's name, a blend's weights by name, or None for the bare base."""
+        return self.adapter_of(self._key)
+
+    def adapter_of(self, key: AdapterKey) -> str | dict[str, float] | None:
+        """Return what `adapter` is while `key` is active."""
         if self.bundle.manifest.merged is not None:
             return self.bundle.manifest.merged
-        if len(self._key) == 1 and self._key[0][1] == 1.0:
-            return self._key[0][0]
-        return dict(self._key) or None
+        if len(key) == 1 and key[0][1] == 1.0:
+            return key[0][0]
+        return dict(key) or None
+
+    def key_of(self, adapter: str | Mapping[str, float] | EllipsisType | None) -> AdapterKey:
+        """Return a choice of adapters in the form that caches compare; ... stands for what is active.
+
+        Raises:
+            SessionError: for an unknown name, weights that are not numbers, or a merged bundle.
+        """
+        if adapter is ...:
+            return self._key
+        merged = self.bundle.manifest.merged
+        if merged is None:
+            return adapter_key(adapter, self.adapters)
+        if adapter not in (None, merged):
+            raise SessionError(
+                f"adapter {adapter!r} cannot be used: {merged!r} is merged into the weights of this bundle",
+                hint="export without --merge to swap adapters",
+            )
+        return ()
 
     def use(self, adapter: str | Mapping[str, float] | None) -> None:
         """Make an adapter, a blend of adapters ({"a": 0.7, "b": 0.3}), or none (the bare base) active.
@@ -132,16 +158,8 @@ class Session:
             BundleError: if the adapter's file is damaged.
         """
         self._check_open()
-        merged = self.bundle.manifest.merged
-        if merged is not None:
-            if adapter not in (None, merged):
-                raise SessionError(
-                    f"adapter {adapter!r} cannot be used: {merged!r} is merged into the weights of this bundle",
-                    hint="export without --merge to swap adapters",
-                )
-            return
-        key = adapter_key(adapter, self.adapters)
-        bindings = self._bind(self._residents.tensors(key) if key else {}, slots=bool(key))
+        key = self.key_of(adapter)
+        bindings = self._bind(self.adapter_tensors(key), slots=bool(key), keep_graphs=self.keep_graphs)
         self._key, self._bindings = key, bindings
 
     def lend(self, name: str, tensors: Mapping[str, Array]) -> None:
@@ -160,7 +178,7 @@ class Session:
         """Open the graphs that the active adapter needs now instead of at the first run."""
         self._check_open()
         if not self._bindings:
-            self._bindings = self._bind({}, slots=False)
+            self._bindings = self._bind({}, slots=False, keep_graphs=self.keep_graphs)
 
     def evict(self, adapter: str) -> None:
         """Forget an adapter's tensors, so that the next `use` reads them from the bundle again.
@@ -181,7 +199,13 @@ class Session:
         """Return the outputs of a graph by name (`role` None: the only graph, or the decoder)."""
         return dict(self._binding(role or self._main_role()).graph.outputs)
 
-    def run(self, inputs: Mapping[str, Any], *, chunk_size: int | None = None) -> dict[str, Array]:
+    def run(
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        chunk_size: int | None = None,
+        adapters: Sequence[str | Mapping[str, float] | None] | None = None,
+    ) -> dict[str, Array]:
         """Return the model's outputs for whole sequences, pictures or features.
 
         A single-pass model takes its graph's inputs and gives all its outputs. A decoder takes `input_ids`
@@ -192,11 +216,15 @@ class Session:
         Args:
             inputs: arrays by name; whole numbers become int64 and floats float32 where the graph wants those.
             chunk_size: only for decoders: read the sequence in chunks of so many tokens.
+            adapters: an adapter, blend or None for each row; None for the active adapter in all rows. Rows of one
+                adapter run together, one adapter after the other.
 
         Raises:
             SessionError: naming what is expected, for an unknown or missing input, a wrong dtype, rank or length.
         """
         self._check_open()
+        if adapters is not None:
+            return run_groups(self, inputs, adapters, chunk_size)
         if self.spec is not None and not self.has_encoder:
             return run_decoder(self, self.spec, inputs, chunk_size)
         if chunk_size is not None:
@@ -321,16 +349,65 @@ class Session:
         """
         return self.generate_batch([prompt], **options)[0]
 
-    def generate_batch(self, prompts: Sequence[Prompt], **options: Unpack[Options]) -> list[Generation]:
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        adapters: Sequence[str | Mapping[str, float] | None] | None = None,
+        **options: Unpack[Options],
+    ) -> list[Generation]:
         """Return what the model writes after each prompt, run as one batch; rows may differ in length.
 
         Row i draws with `seed` + i, so it equals `complete(prompts[i], seed=seed + i)`.
 
+        Args:
+            prompts: as for `generate`.
+            adapters: an adapter, blend or None for each prompt; None for the active adapter in all rows.
+            **options: see `Options`.
+
         Raises:
-            SessionError: for a wrong prompt or option.
+            SessionError: for a wrong prompt, adapter or option.
         """
         self._check_open()
-        return generation.batch(self, prompts, options)
+        return generation.batch(self, prompts, adapters, options)
+
+    def batch(self, rows: int = 16, max_length: int = 2048) -> Batch:
+        """Return an empty batch, which requests with adapters of their own join and leave between steps.
+
+        Args:
+            rows: how many texts are written at once at most; more requests wait.
+            max_length: the longest text with its prompt, in tokens. Memory is taken as rows are filled.
+
+        Raises:
+            SessionError: if this is no decoder-only model, or a size is out of range.
+        """
+        self._check_open()
+        return Batch(self, rows, min(max_length, self.require_decoder().max_length))
+
+    def is_active(self, key: AdapterKey) -> bool:
+        """Return whether `use` chose what `key` stands for."""
+        return key == self._key
+
+    def binding(self, key: AdapterKey) -> Binding:
+        """Return the decoder's graph with the tensors of `key` bound: that of `step` if it is active, else a new one.
+
+        The bare base runs in the slots graph where only that is open.
+        """
+        self._check_open()
+        if key == self._key:
+            return self._binding("decoder")
+        record = self.bundle.manifest.graphs["decoder"]
+        slots = bool(key) or (record.plain not in self._graphs and record.slots in self._graphs)
+        return self._bind(self.adapter_tensors(key), slots=slots)["decoder"]
+
+    def slots_binding(self) -> Binding:
+        """Return the decoder's slots graph with no adapter bound."""
+        self._check_open()
+        return self._bind({}, slots=True)["decoder"]
+
+    def adapter_tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
+        """Return what `key` binds, float32 by graph input name."""
+        return self._residents.tensors(key) if key else {}
 
     def _run_graph(self, role: str, inputs: Mapping[str, Any]) -> dict[str, Array]:
         binding = self._binding(role)
@@ -344,9 +421,9 @@ class Session:
         self.prepare()
         return self._bindings[role]
 
-    def _bind(self, tensors: Mapping[str, Tensor], *, slots: bool) -> dict[str, Binding]:
+    def _bind(self, tensors: Mapping[str, Tensor], *, slots: bool, keep_graphs: bool = True) -> dict[str, Binding]:
         """Return a binding per graph with an adapter's tensors bound where the graph takes them."""
-        if not self.keep_graphs:
+        if not keep_graphs:
             wanted = {(record.slots if slots else None) or record.plain for record in self._records()}
             if not wanted.issuperset(self._graphs):
                 self._bindings = {}

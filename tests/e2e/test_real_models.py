@@ -21,7 +21,7 @@ from edgeadapt.merging.load import load_base_model
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import open_session
-from edgeadapt.runtime.generate import prompt_ids
+from edgeadapt.runtime.prompts import prompt_ids
 from tests.e2e.conftest import Invoke, Shipped
 from tests.e2e.test_recipes import SQL_ANSWER, SQL_PROMPT
 

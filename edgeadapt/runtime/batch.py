@@ -1,0 +1,223 @@
+"""Continuous batching: texts written together, one step at a time; requests join and leave between steps.
+
+Rows of the cache 0 to n-1 are those of the n texts that are being written, so that a step runs on the front of the
+buffers. When one ends, the last takes its row. A prompt is read on the row behind them, alone, since
+GroupQueryAttention takes several tokens on top of a past for one row only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeadapt.errors import SessionError
+from edgeadapt.runtime.cache import AdapterKey, SharedCache
+from edgeadapt.runtime.prompts import Prompt, answer_limit, check_vocabulary, prompt_ids
+from edgeadapt.runtime.rowwise import RowBindings
+from edgeadapt.runtime.sampling import Sampling, sampling
+from edgeadapt.runtime.step import run_step
+from edgeadapt.runtime.writer import Generation, Writer
+
+if TYPE_CHECKING:
+    from edgeadapt.runtime.sampling import Options
+    from edgeadapt.runtime.session import Session
+
+Array = NDArray[Any]
+_READ_PER_STEP = 512
+"""Prompt tokens after which a step goes on to write, so that those who join do not stop the others for long."""
+
+
+class Request:
+    """One text of a `Batch`: iterate over it for pieces of text as they come, or take its `result`.
+
+    Both do the batch's steps as needed, which advances its other texts too.
+    """
+
+    def __init__(self, batch: Batch, key: AdapterKey, ids: list[int], options: Sampling, writer: Writer) -> None:
+        self.key = key
+        self.ids = ids
+        self.options = options
+        self.writer = writer
+        self._batch = batch
+        self._pieces: list[str] = []
+
+    def __iter__(self) -> Iterator[str]:
+        given = 0
+        while True:
+            while given < len(self._pieces):
+                given += 1
+                if self._pieces[given - 1]:
+                    yield self._pieces[given - 1]
+            if self.done:
+                return
+            self._batch.step()
+
+    @property
+    def done(self) -> bool:
+        """Whether the text has ended."""
+        return self.writer.finish_reason is not None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of the prompt and of what was written."""
+        return self.ids + self.writer.token_ids
+
+    def result(self) -> Generation:
+        """Return the whole text, written to its end."""
+        while not self.done:
+            self._batch.step()
+        return Generation(
+            text="".join(self._pieces),
+            token_ids=tuple(self.writer.token_ids),
+            adapter=self._batch.adapter_of(self),
+            finish_reason=self.writer.finish_reason or "length",
+            prompt_tokens=len(self.ids),
+        )
+
+    def cancel(self) -> None:
+        """End the text where it is; its row is free for the next request at the next step."""
+        if not self.done:
+            self._pieces.append(self.writer.cancel())
+
+    def advance(self, logits: Array) -> None:
+        """Choose a token from float32[vocab]."""
+        self._pieces.append(self.writer.advance(logits))
+
+
+class Batch:
+    """Texts that are written together, each with its own adapter, options and seed; make it with `Session.batch`."""
+
+    def __init__(self, session: Session, rows: int, max_length: int) -> None:
+        cache = session.new_cache(rows, max_length)
+        if not isinstance(cache, SharedCache):
+            raise SessionError(
+                "this decoder's cache grows by concatenation, so rows cannot join and leave",
+                hint="export the model again",
+            )
+        self._session = session
+        self._cache = cache
+        self._bindings = RowBindings(session, rows)
+        self._waiting: deque[Request] = deque()
+        self._reading: tuple[Request, SharedCache] | None = None
+        self._writing: list[Request] = []
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        adapter: str | Mapping[str, float] | EllipsisType | None = ...,
+        **options: Unpack[Options],
+    ) -> Request:
+        """Take a request in; it joins at a following step, as soon as a row is free.
+
+        Args:
+            prompt: as for `Session.generate`.
+            adapter: a name, a blend, or None for the bare base; left out, the session's active one. The text keeps it.
+            **options: see `Options`.
+
+        Raises:
+            SessionError: for a wrong prompt, adapter or option, or a prompt that does not fit `max_length`.
+        """
+        chosen = sampling(options)
+        ids = prompt_ids(self._session.text, prompt, chosen.chat)
+        return self.take(ids, self._session.key_of(adapter), chosen)
+
+    def take(self, ids: list[int], key: AdapterKey, options: Sampling) -> Request:
+        """Take a request in; see `submit`, which makes a prompt and options what is wanted here."""
+        spec = self._session.require_decoder()
+        check_vocabulary(ids, spec)
+        limit = answer_limit(self._cache.max_length, len(ids), options.max_new_tokens, what="batch")
+        writer = Writer(self._session.text, options, spec.eos_token_ids, limit)
+        request = Request(self, key, ids, options, writer)
+        self._waiting.append(request)
+        return request
+
+    def step(self) -> bool:
+        """Read what joins, write one token for every text; return whether there is anything left to do."""
+        self._drop_cancelled()
+        self._read()
+        if self._writing:
+            self._write()
+        return bool(self._writing or self._reading or self._waiting)
+
+    @property
+    def writing(self) -> int:
+        """How many texts are being written."""
+        return len(self._writing)
+
+    def adapter_of(self, request: Request) -> str | dict[str, float] | None:
+        """Return a request's adapter as `Session.adapter` gives it."""
+        return self._session.adapter_of(request.key)
+
+    def _drop_cancelled(self) -> None:
+        self._waiting = deque(request for request in self._waiting if not request.done)
+        if self._reading is not None and self._reading[0].done:
+            self._reading = None
+        for row in reversed(range(len(self._writing))):
+            if self._writing[row].done:
+                self._leave(row)
+
+    def _read(self) -> None:
+        """Read prompts, one after the other, until enough was read for this step or no row is free."""
+        left = _READ_PER_STEP
+        while left > 0 and (reading := self._next()) is not None:
+            request, row = reading
+            first = int(row.lengths[0])
+            chunk = request.ids[first : first + request.options.prefill_chunk]
+            whole = first + len(chunk) == len(request.ids)
+            left -= len(chunk)
+            logits = self._step(self._bindings.one(request.key), [chunk], row, wanted=whole)
+            if whole:
+                self._join(request, row)
+                request.advance(logits[0, -1])
+                if request.done:
+                    self._leave(len(self._writing) - 1)
+
+    def _next(self) -> tuple[Request, SharedCache] | None:
+        """Return the request that is being read and its row: the one that was, or else the next in line."""
+        if self._reading is None and self._waiting and len(self._writing) < self._cache.batch_size:
+            row = self._cache.part(len(self._writing), 1)
+            row.shorten(0, 0)
+            self._reading = (self._waiting.popleft(), row)
+        return self._reading
+
+    def _join(self, request: Request, row: SharedCache) -> None:
+        """Have a request whose prompt is read be written, on the row behind the others."""
+        target = self._cache.part(len(self._writing), 1)
+        if row is not target:  # another text ended in the meantime
+            target.write_row(0, row.read_row(0, len(request.ids)), len(request.ids))
+        self._writing.append(request)
+        self._reading = None
+
+    def _write(self) -> None:
+        ids = [[request.writer.token_ids[-1]] for request in self._writing]
+        keys = [request.key for request in self._writing]
+        front = self._cache.part(0, len(keys))
+        same = all(key == keys[0] for key in keys)
+        binding = self._bindings.one(keys[0]) if same else self._bindings.several(keys)
+        if binding is not None:
+            logits = self._step(binding, ids, front)
+        else:
+            each = [self._step(self._bindings.one(key), [ids[row]], front.part(row, 1)) for row, key in enumerate(keys)]
+            logits = np.concatenate(each)
+        for row in reversed(range(len(keys))):
+            self._writing[row].advance(logits[row, -1])
+            if self._writing[row].done:
+                self._leave(row)
+
+    def _step(self, binding: Any, ids: list[list[int]], cache: SharedCache, *, wanted: bool = True) -> Array:
+        spec = self._session.require_decoder()
+        return run_step(binding, spec, np.asarray(ids, np.int64), cache, logits="last" if wanted else "none")
+
+    def _leave(self, row: int) -> None:
+        """Free a row: the last text takes it."""
+        last = len(self._writing) - 1
+        if row != last:
+            self._cache.copy_row(last, row)
+            self._writing[row] = self._writing[last]
+        self._writing.pop()
