@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.bundle.assemble import assemble
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.errors import BundleError, FileError, SessionError
 from edgeadapt.files import canonical_json, parse_json, read_bytes, sha256_file, write_errors
@@ -36,6 +37,8 @@ INDEX_FILE, TENSORS_FILE = "index.json", "tensors.bin"
 
 _GROWTH = 3
 """The files of one graph are at most so many times its weights (measured: 2.3 for int8, 2.4 for int4)."""
+_ADAPTER_GROWTH = 16
+"""Float32 is four times int8, and joined modules have blocks of zeros: at most so many times the adapter's file."""
 _ALIGNMENT_BYTES = 64
 _MAX_INDEX_BYTES = 2**26
 
@@ -95,7 +98,7 @@ def prepacked_graph(bundle: Bundle, graph: str) -> Path:
 
 
 def mapped_adapter(bundle: Bundle, name: str) -> dict[str, NDArray[np.float32]]:
-    """Return what an adapter binds (see `Bundle.adapter_tensors`) as views of a mapped file, made when first needed.
+    """Return what an adapter binds (see `assemble`) as views of a mapped file, which is made when first needed.
 
     Raises:
         BundleError: if there is no such adapter, or its file is damaged or sets something that it may not.
@@ -107,10 +110,11 @@ def mapped_adapter(bundle: Bundle, name: str) -> dict[str, NDArray[np.float32]]:
         "adapter": file.sha256,
         "slots": " ".join(bundle.manifest.files[graph.slots].sha256 for graph in _graphs(bundle) if graph.slots),
     }
-    entry = cached_entry(
-        made_from, lambda folder: _write_tensors(folder, bundle.adapter_tensors(name)), needed_bytes=8 * file.size
-    )
-    return _map_tensors(entry)
+
+    def make(folder: Path) -> None:
+        _write_tensors(folder, assemble(bundle.adapter_tensors(name), bundle.manifest))
+
+    return _map_tensors(cached_entry(made_from, make, needed_bytes=_ADAPTER_GROWTH * file.size))
 
 
 def _graphs(bundle: Bundle) -> list[Any]:

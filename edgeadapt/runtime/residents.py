@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 
 class Residents:
-    """Each adapter's tensors are read from its file once and kept as float32 until `evict`.
+    """Each adapter's tensors are read from its file once and kept as the graphs take them, float32, until `evict`.
 
     mapped: they lie in a file of the device's cache, and take no memory of this process.
     """
@@ -30,9 +30,8 @@ class Residents:
     def __init__(self, bundle: Bundle, *, mapped: bool = False) -> None:
         self._bundle = bundle
         self._mapped = mapped
-        self._loaded: dict[str, dict[str, Array]] = {}
         self._ready: dict[str, dict[str, Tensor]] = {}
-        self._lent: set[str] = set()
+        self._lent: dict[str, dict[str, Array]] = {}
 
     def tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
         """Return float32 tensors by graph input name for one adapter or a blend.
@@ -43,9 +42,11 @@ class Residents:
         if len(key) == 1 and key[0][1] == 1.0:
             name = key[0][0]
             if name not in self._ready:
-                self._ready[name] = self._assembled(self._load(name))
+                self._ready[name] = {slot: Tensor(value) for slot, value in self._assembled(name).items()}
             return self._ready[name]
-        return self._assembled(blend([(weight, self._load(name)) for name, weight in key], self._bundle.manifest))
+        parts = [(weight, self._arrays(name)) for name, weight in key]
+        blended = assemble(blend(parts, self._bundle.manifest), self._bundle.manifest)
+        return {slot: Tensor(value) for slot, value in blended.items()}
 
     @property
     def lent(self) -> tuple[str, ...]:
@@ -58,34 +59,31 @@ class Residents:
         Raises:
             BundleError: if an array is none that an adapter of this bundle may set.
         """
-        values = check_inputs(name, tensors, self._bundle.manifest)
-        self._lent.add(name)
-        self._loaded[name] = values
+        self._lent[name] = check_inputs(name, tensors, self._bundle.manifest)
         self._ready.pop(name, None)
 
     def evict(self, name: str) -> bool:
-        """Forget an adapter's tensors; return whether it was loaded."""
-        self._lent.discard(name)
+        """Forget an adapter's tensors; return whether there were any."""
+        known = {name} & (self._lent.keys() | self._ready.keys())
+        self._lent.pop(name, None)
         self._ready.pop(name, None)
-        return self._loaded.pop(name, None) is not None
+        return bool(known)
 
-    def _assembled(self, arrays: Mapping[str, Array]) -> dict[str, Tensor]:
-        return {name: Tensor(value) for name, value in assemble(arrays, self._bundle.manifest).items()}
+    def _arrays(self, name: str) -> Mapping[str, Array]:
+        """Return an adapter's arrays by module; the bundle checks digest, names, shapes and values, ONNX Runtime none.
 
-    def _load(self, name: str) -> Mapping[str, Array]:
-        if name not in self._loaded:
-            # the bundle checks digest, names, shapes and values; ONNX Runtime checks none of them
-            self._loaded[name] = dict(self._read(name))
-        return self._loaded[name]
+        They are not kept: a blend reads them again, and one adapter alone needs only what is put together of them.
+        """
+        return self._lent[name] if name in self._lent else self._bundle.adapter_tensors(name)
 
-    def _read(self, name: str) -> Mapping[str, Array]:
-        if self._mapped:
+    def _assembled(self, name: str) -> Mapping[str, Array]:
+        if self._mapped and name not in self._lent:
             try:
                 return mapped_adapter(self._bundle, name)
             except FileError as error:
                 warnings.warn(f"adapters are not shared: {error.message}; {error.hint}", stacklevel=2)
                 self._mapped = False
-        return self._bundle.adapter_tensors(name)
+        return assemble(self._arrays(name), self._bundle.manifest)
 
 
 def adapter_key(adapter: str | Mapping[str, float] | None, known: tuple[str, ...]) -> AdapterKey:

@@ -437,11 +437,11 @@ def test_evicting_reads_the_file_again(decoder, session):
     with pytest.raises(SessionError) as caught:
         session.evict("a")
     assert str(caught.value) == "adapter 'a' is active\nHint: session.use(None) first"
-    resident = session._residents._loaded["a"]
+    resident = session._residents._ready["a"]
     session.use(None)
     session.evict("a")
     session.use("a")
-    assert session._residents._loaded["a"] is not resident
+    assert session._residents._ready["a"] is not resident
 
 
 def test_a_closed_session_says_so(decoder):
