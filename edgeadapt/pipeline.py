@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +22,13 @@ from edgeadapt.adapters.resolve import resolve
 from edgeadapt.addition import adapter_record, record_golden
 from edgeadapt.bundle.base import base_fingerprint, base_modules
 from edgeadapt.bundle.bundle import Bundle
-from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, Manifest
+from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, Manifest, Pruning
 from edgeadapt.bundle.names import check_adapter_name
 from edgeadapt.errors import AdapterError, RecipeError
 from edgeadapt.fields import to_mapping
 from edgeadapt.files import require_free_space, staged_directory
 from edgeadapt.progress import SILENT, Progress
-from edgeadapt.quality.calibration import Calibration, built_in, read_calibration, split
+from edgeadapt.quality.calibration import Calibration, built_in, check_adapters, read_calibration, samples_of, split
 from edgeadapt.recipe import Recipe
 from edgeadapt.runtime.chat import render_chat
 from edgeadapt.runtime.session import Session, open_session
@@ -46,6 +47,8 @@ OPSET = 21
 MINIMUM_ORT = "1.24.3"
 PARITY_TOLERANCE = 1e-4
 MERGE_TOLERANCE = 1e-4
+TOKENS_PER_TEXT = 64
+CALIBRATION_TOKENS_PER_TEXT = 512
 _OLDER_MAP = "special_tokens_map.json"
 
 
@@ -74,14 +77,19 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
             resolved = [resolve(adapter, base.modules, base_name=base.name) for adapter in adapters]
             _check_heads(base, resolved)
             samples = _samples(recipe, base)
+            check_adapters(samples, [adapter.name for adapter in adapters])
             require_free_space(folder, _needed_bytes(base, recipe))
         job = _Job(recipe, base, adapters, resolved, samples)
         if recipe.merge:
             with progress.stage("merge"):
                 job = _merged(job)
         graph = export_graph(job.base, replaced=job.replaced, progress=progress)
-        with progress.stage("compare with torch"):
-            parity = _measure_parity(job, graph, folder / ".parity")
+        with _draft_session(job, graph, folder / ".draft") as session:
+            with progress.stage("compare with torch"):
+                parity = _measure_parity(job, session)
+            if recipe.prune_kl is not None:
+                with progress.stage("prune adapters"):
+                    job = _pruned(job, session, recipe.prune_kl, progress)
         with progress.stage(f"quantize {recipe.quantize}"):
             graph, record = quantize(graph, recipe.quantize, keep=recipe.keep, moments=_moments(job), progress=progress)
         with progress.stage("write"):
@@ -108,6 +116,7 @@ class _Job:
     samples: Calibration
     original: BaseModel | None = None
     merge_record: Mapping[str, Any] | None = None
+    prunings: Mapping[str, Pruning] = field(default_factory=dict)
 
     @property
     def measured(self) -> Calibration:
@@ -254,8 +263,22 @@ def _arrays(cases: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, Array
     return [{name: tensor.numpy() for name, tensor in case.items()} for case in cases]
 
 
-def _measure_parity(job: _Job, graph: Graph, folder: Path) -> dict[str, Any]:
-    """Write the unquantized graph as a draft, compare its session with torch, and remove it.
+@contextmanager
+def _draft_session(job: _Job, graph: Graph, folder: Path) -> Iterator[Session]:
+    """Write the unquantized graph, taking adapters as they are, and yield a session over it until it is removed."""
+    if not job.recipe.merge:
+        job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, adapter_dtype="float32"))
+    copy = dataclasses.replace(graph, models={role: model.clone() for role, model in graph.models.items()})
+    draft = _write_base(job, copy, {"scheme": "none"}, folder)
+    try:
+        with _session(job, draft, folder, keep_graphs=False) as session:
+            yield session
+    finally:
+        shutil.rmtree(folder)
+
+
+def _measure_parity(job: _Job, session: Session) -> dict[str, Any]:
+    """Compare the unquantized graph with torch.
 
     Raises:
         ExportError: if it differs by more than the tolerance.
@@ -263,17 +286,32 @@ def _measure_parity(job: _Job, graph: Graph, folder: Path) -> dict[str, Any]:
     from edgeadapt.export.cases import parity_cases
     from edgeadapt.quality.parity import measure_parity
 
-    copy = dataclasses.replace(graph, models={role: model.clone() for role, model in graph.models.items()})
-    draft = _write_base(job, copy, {"scheme": "none"}, folder)
-    try:
-        cases = parity_cases(job.base, job.samples.texts)
-        with _session(job, draft, folder, keep_graphs=False) as session:
-            result: dict[str, Any] = measure_parity(
-                session, _arrays(cases), _originals(job, cases), tolerance=PARITY_TOLERANCE
-            )
-    finally:
-        shutil.rmtree(folder)
+    cases = parity_cases(job.base, job.samples.texts)
+    result: dict[str, Any] = measure_parity(session, _arrays(cases), _originals(job, cases), tolerance=PARITY_TOLERANCE)
     return {**result, "merge": dict(job.merge_record)} if job.merge_record is not None else result
+
+
+def _pruned(job: _Job, session: Session, prune_kl: float, progress: Progress) -> _Job:
+    """Return the job with adapters that lack the ranks and sites that hardly matter, and what that cost."""
+    from edgeadapt.export.cases import sample_cases
+    from edgeadapt.export.sensitivity import collect_sensitivity
+    from edgeadapt.quality.pruning import prune
+
+    seen, judged = (sample_cases(job.base, part.texts, part.arrays) for part in (split(job.samples)[0], job.measured))
+    found = {
+        adapter.name: prune(session, adapter, collect_sensitivity(job.base, adapter, seen), _arrays(judged), prune_kl)
+        for adapter in job.resolved
+    }
+    for name, (_, cut) in found.items():
+        progress.note(
+            f"{name}: {cut.ranks} of {cut.ranks_before} ranks and {cut.sites} of {cut.sites_before} sites are left, "
+            f"{cut.parameters} of {cut.parameters_before} parameters; mean KL from the whole adapter {cut.kl:.2g}"
+        )
+    return dataclasses.replace(
+        job,
+        resolved=[found[adapter.name][0] for adapter in job.resolved],
+        prunings={name: cut for name, (_, cut) in found.items()},
+    )
 
 
 def _session(job: _Job, draft: Manifest, folder: Path, *, keep_graphs: bool = True) -> Session:
@@ -284,15 +322,32 @@ def _session(job: _Job, draft: Manifest, folder: Path, *, keep_graphs: bool = Tr
     return session
 
 
-def _moments(job: _Job) -> dict[str, Array] | None:
-    """Return second moments of the modules' inputs on the user's samples, None where the scheme does not need them."""
+def _moments(job: _Job) -> Mapping[str, Array] | None:
+    """Return second moments of the modules' inputs on the user's samples, None where the scheme does not need them.
+
+    Of what the base and every adapter do with the samples: the weights serve them all.
+    """
     if not job.calibrates:
         return None
     from edgeadapt.export.activations import collect_moments
-    from edgeadapt.export.cases import sample_cases
+    from edgeadapt.merging.reference import adapted_module
 
     samples = split(job.samples)[0]
-    return collect_moments(job.base, sample_cases(job.base, samples.texts, samples.arrays, tokens_per_text=512))
+    adapters = () if job.recipe.merge else job.adapters
+    adapted = [
+        (adapted_module(job.base, adapter), _cases(job, samples_of(samples, adapter.name), CALIBRATION_TOKENS_PER_TEXT))
+        for adapter in adapters
+    ]
+    own = job.adapters[0].name if job.recipe.merge else None
+    return collect_moments(
+        job.base, _cases(job, samples_of(samples, own), CALIBRATION_TOKENS_PER_TEXT), adapted=adapted
+    )
+
+
+def _cases(job: _Job, samples: Calibration, tokens_per_text: int) -> list[dict[str, torch.Tensor]]:
+    from edgeadapt.export.cases import sample_cases
+
+    return sample_cases(job.base, samples.texts, samples.arrays, tokens_per_text=tokens_per_text)
 
 
 def _write_base(job: _Job, graph: Graph, quantization: Mapping[str, Any], folder: Path) -> Manifest:
@@ -316,7 +371,7 @@ def _write_adapters(job: _Job, session: Session, folder: Path) -> dict[str, Adap
             folder,
             resolved.name,
             bundles.bind(resolved, manifest),
-            adapter_record(adapter, resolved),
+            dataclasses.replace(adapter_record(adapter, resolved), pruned=job.prunings.get(resolved.name)),
             record_golden(session, resolved.name),
             manifest.adapter_dtype,
             base_fingerprint=manifest.base.fingerprint,
@@ -343,7 +398,7 @@ def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str
         slots=packed.slots,
         parameters=packed.parameters,
         joined=packed.joined,
-        adapter_dtype=_adapter_dtype(recipe, quantization),
+        adapter_dtype=recipe.adapter_dtype or ("float32" if quantization["scheme"] == "none" else "float16"),
         merged=job.adapters[0].name if recipe.merge else None,
         adapters={},
         quantization=quantization,
@@ -366,33 +421,40 @@ def _labels(job: _Job) -> tuple[str, ...]:
     return merged or tuple(str(names[index]) for index in sorted(names))
 
 
+def _measured(job: _Job) -> list[tuple[tuple[str | None, ...], Calibration]]:
+    """Return the rows of the quality table that share samples: all, unless samples say whose they are."""
+    swappable = tuple(resolved.name for resolved in job.swappable)
+    # A base whose own head is untrained gives zeros: it equals torch whatever the quantization does.
+    names: tuple[str | None, ...] = swappable if job.base.untrained and swappable else (None, *swappable)
+    samples = job.measured
+    if not samples.adapters:
+        return [(names, samples)]
+    merged = job.adapters[0].name if job.recipe.merge else None
+    return [((name,), samples_of(samples, name or merged)) for name in names]
+
+
 def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[dict[str, Any], ...]:
     """Compare the written bundle with torch on the samples; note a ruined model; apply the gate.
 
     Raises:
         QuantizeError: if the gate's limits are broken.
     """
-    from edgeadapt.export.cases import sample_cases
     from edgeadapt.quality.gate import gate, verdict
-    from edgeadapt.quality.quality import measure_quality
+    from edgeadapt.quality.quality import QualityRow, measure_quality
 
-    recipe, samples = job.recipe, job.measured
-    cases = sample_cases(job.base, samples.texts, samples.arrays)
-    originals = _originals(job, cases)
-    if job.base.untrained and len(originals) > 1:
-        # The base's own head is all zeros: it equals torch whatever the quantization does.
-        del originals[None]
-    rows = measure_quality(
-        session,
-        _arrays(cases),
-        originals,
-        recipe.quantize,
-        labels=samples.labels,
-        class_names={
-            resolved.name: adapter_record(adapter, resolved).labels
-            for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
-        },
-    )
+    recipe = job.recipe
+    class_names = {
+        resolved.name: adapter_record(adapter, resolved).labels
+        for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
+    }
+    rows: list[QualityRow] = []
+    for names, samples in _measured(job):
+        cases = _cases(job, samples, TOKENS_PER_TEXT)
+        originals = {name: outputs for name, outputs in _originals(job, cases).items() if name in names}
+        labels = None if samples.adapters and names == (None,) and not recipe.merge else samples.labels
+        rows += measure_quality(
+            session, _arrays(cases), originals, recipe.quantize, labels=labels, class_names=class_names
+        )
     sentence = verdict(rows, calibrated=job.calibrates)
     if sentence is not None:
         progress.note(sentence)

@@ -22,6 +22,7 @@ Messages = Sequence[Mapping[str, str]]
 _BUILT_IN = Path(__file__).with_name("texts.txt")
 _SEPARATOR = "\n----\n"
 _LABELS = "labels"
+_ADAPTER = "adapter"
 _FORMS = (
     {"text"},
     {"text", "label"},
@@ -30,7 +31,7 @@ _FORMS = (
 )
 _FORMS_HINT = (
     'each line is {"text": ...}, {"text": ..., "label": ...}, {"prompt": ..., "completion": ...} '
-    'or {"messages": [{"role": ..., "content": ...}, ...]}'
+    'or {"messages": [{"role": ..., "content": ...}, ...]}; "adapter": NAME says whose sample it is'
 )
 
 
@@ -40,12 +41,14 @@ class Calibration:
 
     texts: one sample each; empty where arrays are given
     labels: one per sample, a class index or a class name; None where the file has none
+    adapters: the adapter that each sample is for, None for every one; empty where no sample says
     arrays: samples by the model's input name, stacked on axis 0, instead of texts
     """
 
     texts: tuple[str, ...]
     labels: tuple[Label, ...] | None = None
     arrays: Mapping[str, NDArray[np.generic]] | None = None
+    adapters: tuple[str | None, ...] = ()
 
     @property
     def count(self) -> int:
@@ -62,13 +65,49 @@ def built_in() -> Calibration:
 def split(samples: Calibration, *, every: int = 4) -> tuple[Calibration, Calibration]:
     """Return (samples to calibrate with, samples to measure with): every `every`-th sample is for measuring only.
 
-    With fewer than twice as many samples as `every` nothing can be spared, and both are all samples: a quality that
-    was measured on the calibration texts themselves is flattering.
+    Of each adapter's own samples every `every`-th is. With fewer than twice as many samples as `every`, or an adapter
+    that has too few, nothing can be spared, and both are all samples: a quality that was measured on the calibration
+    texts themselves is flattering.
     """
     if samples.count < 2 * every:
         return samples, samples
-    held_out = np.arange(samples.count) % every == every - 1
+    names = samples.adapters or (None,) * samples.count
+    order = [names[:row].count(name) for row, name in enumerate(names)]
+    held_out = np.array(order) % every == every - 1
+    if {name for name, held in zip(names, held_out, strict=True) if held} != set(names):
+        return samples, samples
     return _select(samples, np.flatnonzero(~held_out)), _select(samples, np.flatnonzero(held_out))
+
+
+def samples_of(samples: Calibration, adapter: str | None) -> Calibration:
+    """Return the samples for one adapter: its own and those that are for all; for the base (None) the latter.
+
+    Where every sample is some adapter's, the base gets them all.
+    """
+    if not samples.adapters:
+        return samples
+    rows = [row for row, name in enumerate(samples.adapters) if name is None or name == adapter]
+    return _select(samples, np.array(rows, np.intp)) if rows or adapter is not None else samples
+
+
+def check_adapters(samples: Calibration, names: Sequence[str]) -> None:
+    """Return if every sample is for one of the adapters `names`, or for all, and each adapter has a sample.
+
+    Raises:
+        RecipeError: if not.
+    """
+    unknown = sorted({name for name in samples.adapters if name is not None and name not in names})
+    if unknown:
+        raise RecipeError(
+            f"samples are for the adapter {unknown[0]!r}, which is not exported",
+            hint=f"known: {', '.join(names)}; leave it out for samples that are for all",
+        )
+    without = [name for name in names if not samples_of(samples, name).count]
+    if without:
+        raise RecipeError(
+            f"there is no sample for the adapter {without[0]!r}",
+            hint=f'add lines with "adapter": "{without[0]}", or lines without "adapter", which are for all',
+        )
 
 
 def read_calibration(path: Path, *, render: Callable[[Messages], str] | None = None) -> Calibration:
@@ -100,19 +139,30 @@ def _read_lines(path: Path, _render: Callable[[Messages], str]) -> Calibration:
 
 
 def _read_json_lines(path: Path, render: Callable[[Messages], str]) -> Calibration:
-    samples = [
-        _sample(_parse(line, f"{path.name} line {number}"), f"{path.name} line {number}", render)
+    entries = [
+        (_parse(line, where), where)
         for number, line in enumerate(_decode(path).splitlines(), start=1)
-        if line.strip()
+        if line.strip() and (where := f"{path.name} line {number}")
     ]
-    if not samples:
+    if not entries:
         raise RecipeError(f"{path.name} holds no sample", hint=_FORMS_HINT)
+    owners = [_owner(entry, where) for entry, where in entries]
+    samples = [_sample(entry, where, render) for entry, where in entries]
     labels = [label for _, label in samples if label is not None]
     if labels and len(labels) != len(samples):
         raise RecipeError(
             f"{path.name}: {len(labels)} of {len(samples)} samples have a label", hint="label all of them, or none"
         )
-    return Calibration(tuple(text for text, _ in samples), tuple(labels) or None)
+    texts = tuple(text for text, _ in samples)
+    return Calibration(texts, tuple(labels) or None, adapters=tuple(owners) if any(owners) else ())
+
+
+def _owner(entry: Any, where: str) -> str | None:
+    """Return the name of the adapter that a sample is for, and take it out of the entry."""
+    name = entry.pop(_ADAPTER, None) if isinstance(entry, dict) else None
+    if name is not None and (not isinstance(name, str) or not name):
+        raise RecipeError(f"{where}: adapter is {name!r}", hint="give the adapter's name in the bundle")
+    return name
 
 
 def _sample(entry: Any, where: str, render: Callable[[Messages], str]) -> tuple[str, Label | None]:
@@ -207,4 +257,5 @@ def _decode(path: Path) -> str:
 def _select(samples: Calibration, rows: NDArray[np.intp]) -> Calibration:
     arrays = None if samples.arrays is None else {name: array[rows] for name, array in samples.arrays.items()}
     labels = None if samples.labels is None else tuple(samples.labels[row] for row in rows)
-    return Calibration(tuple(samples.texts[row] for row in rows) if samples.texts else (), labels, arrays)
+    texts = tuple(samples.texts[row] for row in rows) if samples.texts else ()
+    return Calibration(texts, labels, arrays, tuple(samples.adapters[row] for row in rows) if samples.adapters else ())

@@ -18,7 +18,7 @@ from edgeadapt.quantize.plan import Choice, choose_schemes, load_scheme
 from edgeadapt.quantize.retie import retie
 from edgeadapt.quantize.rewrite import CONTRIB, drop_unused
 from edgeadapt.quantize.scheme import Settings, Stored
-from edgeadapt.quantize.weights import find_weights
+from edgeadapt.quantize.weights import Weight, find_weights
 
 Moments = Mapping[str, NDArray[np.float32]]
 
@@ -79,7 +79,6 @@ def quantize(
         retie(model)
     weights = {role: find_weights(model) for role, model in models.items()}
     choices = choose_schemes(weights, scheme, keep or {})
-    _check_moments(moments or {}, choices)
     _check_work(scheme, keep or {}, choices)
     with progress.stage(f"quantize to {scheme}"):
         entries = _apply(choices, moments or {}, size, progress)
@@ -117,7 +116,7 @@ def _apply_group(
     bytes_before = 0 if id(first.initializer) in seen else int(first.tensor.nbytes)
     seen.add(id(first.initializer))
     elements = first.elements
-    moment = next((moments[use.path] for use in uses if use.path in moments), None)
+    moment = _moment(uses, moments)
     try:
         stored = load_scheme(scheme).apply(uses, Settings(block_size, moment, memory))
     except np.linalg.LinAlgError as error:
@@ -154,22 +153,23 @@ def _check_work(scheme: str, keep: Mapping[str, str], choices: Sequence[Choice])
         raise QuantizeError(f"nothing to quantize to {scheme!r}: {found}", hint="export with --quantize none")
 
 
-def _check_moments(moments: Moments, choices: Sequence[Choice]) -> None:
-    widths = {c.weight.path: _width(c) for c in choices if c.weight.kind == "linear"}
-    for path, moment in moments.items():
-        if path not in widths:
-            continue
-        expected = (widths[path], widths[path])
-        if moment.shape == expected and np.isfinite(moment).all():
-            continue
-        wrong = "hold NaN or infinity"
-        if moment.shape != expected:
-            wrong = f"have the shape {list(moment.shape)}, expected {list(expected)}"
-        raise QuantizeError(f"the calibration moments of {path} {wrong}", hint="collect them from this base in float32")
+def _moment(uses: Sequence[Weight], moments: Moments) -> NDArray[np.float32] | None:
+    """Return the moments of a matrix's input, or None.
 
-
-def _width(choice: Choice) -> int:
-    return choice.weight.shape[0 if choice.weight.transposed else 1]
+    Raises:
+        QuantizeError: if they are damaged or of the wrong shape.
+    """
+    use = next((use for use in uses if use.kind == "linear" and use.path in moments), None)
+    if use is None:
+        return None
+    moment = moments[use.path]
+    width = use.shape[0 if use.transposed else 1]
+    if moment.shape == (width, width) and np.isfinite(moment).all():
+        return moment
+    wrong = "hold NaN or infinity"
+    if moment.shape != (width, width):
+        wrong = f"have the shape {list(moment.shape)}, expected {[width, width]}"
+    raise QuantizeError(f"the calibration moments of {use.path} {wrong}", hint="collect them from this base in float32")
 
 
 def _record(scheme: str, block_size: int, entries: Sequence[_Entry]) -> dict[str, Any]:

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 
 from edgeadapt.errors import FileError, RecipeError
-from edgeadapt.quality.calibration import Calibration, built_in, read_calibration, split
+from edgeadapt.quality.calibration import (
+    Calibration,
+    built_in,
+    check_adapters,
+    read_calibration,
+    samples_of,
+    split,
+)
 
 FORMS = (
     'each line is {"text": ...}, {"text": ..., "label": ...}, {"prompt": ..., "completion": ...} '
-    'or {"messages": [{"role": ..., "content": ...}, ...]}'
+    'or {"messages": [{"role": ..., "content": ...}, ...]}; "adapter": NAME says whose sample it is'
 )
 
 
@@ -159,3 +166,54 @@ def test_every_fourth_sample_is_held_out():
     assert split(few) == (few, few)
     arrays = Calibration((), None, {"x": np.arange(8)})
     assert split(arrays)[1].arrays["x"].tolist() == [3, 7]
+
+
+def test_samples_may_say_whose_they_are(tmp_path):
+    lines = [{"text": f"{name}{i}", **({"adapter": name} if name else {})} for i in range(4) for name in ("a", "b", "")]
+    samples = read_calibration(_write(tmp_path / "s.jsonl", *map(json.dumps, lines)))
+    calibrate, measure = split(samples)
+
+    assert measure == Calibration(("a3", "b3", "3"), adapters=("a", "b", None))
+    assert samples_of(measure, "a") == Calibration(("a3", "3"), adapters=("a", None))
+    assert samples_of(measure, None) == Calibration(("3",), adapters=(None,))
+    assert calibrate.count == 9
+    own = Calibration(("x", "y"), adapters=("a", "b"))
+    assert samples_of(own, None) == own
+    assert samples_of(own, "a") == Calibration(("x",), adapters=("a",))
+    check_adapters(samples, ["a", "b", "c"])
+
+
+def test_an_adapter_with_few_samples_keeps_them_for_both_uses():
+    samples = Calibration(tuple("abcdefghi"), adapters=("x",) * 8 + ("y",))
+    assert split(samples) == (samples, samples)
+
+
+@pytest.mark.parametrize(
+    ("owners", "message"),
+    [
+        (
+            ("a", "z"),
+            (
+                "samples are for the adapter 'z', which is not exported\n"
+                "Hint: known: a, b; leave it out for samples that are for all"
+            ),
+        ),
+        (
+            ("a", "a"),
+            (
+                "there is no sample for the adapter 'b'\n"
+                'Hint: add lines with "adapter": "b", or lines without "adapter", which are for all'
+            ),
+        ),
+    ],
+)
+def test_samples_are_for_the_adapters_that_are_exported(owners, message):
+    with pytest.raises(RecipeError) as caught:
+        check_adapters(Calibration(("x", "y"), adapters=owners), ["a", "b"])
+    assert str(caught.value) == message
+
+
+def test_an_adapter_is_a_name(tmp_path):
+    with pytest.raises(RecipeError) as caught:
+        read_calibration(_write(tmp_path / "s.jsonl", '{"text": "a", "adapter": 3}'))
+    assert str(caught.value) == "s.jsonl line 1: adapter is 3\nHint: give the adapter's name in the bundle"

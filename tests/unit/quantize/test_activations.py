@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import torch
+from peft import LoraConfig, get_peft_model
 
+from edgeadapt.adapters.read import read_adapters
 from edgeadapt.export.activations import collect_moments
 from edgeadapt.merging.load import base_from_module
+from edgeadapt.merging.reference import adapted_module
 
 
 class _Net(torch.nn.Module):
@@ -32,3 +38,46 @@ def test_moments_are_of_unit_vectors_and_shared_by_modules_with_one_input() -> N
     np.testing.assert_allclose(moments["one"], unit.T @ unit / 5, rtol=1e-5, atol=1e-7)
     assert moments["one"] is moments["two"]
     assert set(moments) == {"one", "two", "last"}
+
+
+def _adapted(base: object, tmp_path: Path) -> torch.nn.Module:
+    """Return the net with a LoRA on all three layers, saved by peft and read back."""
+    config = LoraConfig(r=2, target_modules=["one", "two", "last"], init_lora_weights=False)
+    torch.manual_seed(1)
+    model = get_peft_model(copy.deepcopy(base.module), config)
+    model.save_pretrained(tmp_path / "a")
+    return adapted_module(base, read_adapters(tmp_path / "a")[0])
+
+
+def test_moments_are_of_the_base_and_of_every_adapter(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    base = base_from_module(_Net(), name="net", example_inputs={"x": x}, dynamic_axes={"x": {0: "batch"}})
+    adapted = _adapted(base, tmp_path)
+    seen = []
+    adapted.get_submodule("model.last").register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    adapted(x=x)
+    plain = base.module.one(x).detach()
+
+    moments = collect_moments(base, [{"x": x}], adapted=[(adapted, [{"x": x}])])
+
+    rows = torch.cat([plain, seen[0]]).detach()
+    unit = (rows / rows.norm(dim=1, keepdim=True)).numpy()
+    np.testing.assert_allclose(moments["last"], unit.T @ unit / 10, rtol=1e-5, atol=1e-7)
+    only = collect_moments(base, [], adapted=[(adapted, [{"x": x}])])
+    unit = (seen[0] / seen[0].norm(dim=1, keepdim=True)).detach().numpy()
+    np.testing.assert_allclose(only["last"], unit.T @ unit / 5, rtol=1e-5, atol=1e-7)
+
+
+def test_little_memory_costs_more_runs_and_gives_the_same() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    base = base_from_module(_Net(), name="net", example_inputs={"x": x}, dynamic_axes={"x": {0: "batch"}})
+    at_once = dict(collect_moments(base, [{"x": x}]))
+    runs: list[int] = []
+    base.module.register_forward_pre_hook(lambda *_: runs.append(1))
+    bit_by_bit = collect_moments(base, [{"x": x}, {"x": x}], bytes_at_once=1)
+
+    for path in at_once:
+        np.testing.assert_allclose(bit_by_bit[path], at_once[path], rtol=1e-6)
+    assert len(runs) == 1 + 2 * 2  # to see what shares an input, then two cases for each of two inputs
