@@ -150,6 +150,11 @@ class Batch:
         """How many texts are being written."""
         return len(self._writing)
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why rows of different adapters run one after the other instead of together, None where they do not."""
+        return self._bindings.obstacle
+
     def adapter_of(self, request: Request) -> str | dict[str, float] | None:
         """Return a request's adapter as `Session.adapter` gives it."""
         return self._session.adapter_of(request.key)

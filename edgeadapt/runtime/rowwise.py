@@ -32,7 +32,8 @@ class RowAdapters:
 
     def __init__(self, rows: int, manifest: Manifest) -> None:
         self.keys: list[AdapterKey | None] = [None] * rows
-        self._gains = {slot.inputs["gain"] for slot in manifest.slots if "gain" in slot.inputs}
+        places = (*manifest.slots, *manifest.joined)
+        self._gains = {place.inputs["gain"] for place in places if "gain" in place.inputs}
         self._stacked: dict[str, Tensor] = {}
         self._views: dict[int, dict[str, Tensor | Rows]] = {}
 
@@ -83,6 +84,7 @@ def obstacle(names: set[str], inputs: Mapping[str, TensorInfo], manifest: Manife
         manifest: the bundle's.
     """
     kinds = {name: (slot.site, slot.type) for slot in manifest.slots for name in slot.inputs.values()}
+    kinds |= {name: ("+".join(joined.sites), "linear") for joined in manifest.joined for name in joined.inputs.values()}
     for name in sorted(names):
         if name not in kinds:
             return f"parameter {name!r} is replaced whole, for all rows at once"
@@ -95,7 +97,10 @@ def obstacle(names: set[str], inputs: Mapping[str, TensorInfo], manifest: Manife
 
 
 class RowBindings:
-    """The decoder's graphs with the adapters that the rows of one batch use."""
+    """The decoder's graphs with the adapters that the rows of one batch use.
+
+    obstacle: why the rows' adapters cannot share a run, None where they can
+    """
 
     def __init__(self, session: Session, rows: int) -> None:
         self._session = session
@@ -104,6 +109,7 @@ class RowBindings:
         self._mixed: Binding | None = None
         self._bound: Mapping[str, Tensor | Rows] | None = None
         self._last: tuple[Sequence[AdapterKey], Binding | None] = ((), None)
+        self.obstacle: str | None = None
 
     def one(self, key: AdapterKey) -> Binding:
         """Return the graph with one adapter for all rows."""
@@ -124,7 +130,8 @@ class RowBindings:
         names = {name for of_one in tensors.values() for name in of_one}
         if self._mixed is None:
             self._mixed = self._session.slots_binding()
-        if obstacle(names, self._mixed.graph.optional, self._session.bundle.manifest) is not None:
+        self.obstacle = obstacle(names, self._mixed.graph.optional, self._session.bundle.manifest)
+        if self.obstacle is not None:
             return None
         for row, key in enumerate(keys):
             if self._stack.keys[row] != key:

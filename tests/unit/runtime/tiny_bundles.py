@@ -62,6 +62,7 @@ def write_decoder(
     chat: bool = False,
     eos: Sequence[int] = (EOS,),
     merged: str | None = None,
+    declare: bool = False,
 ) -> tuple[tiny.DecoderShape, dict[str, Array]]:
     """Write a decoder's bundle; return its shape and weights."""
     shape = shape or tiny.DecoderShape()
@@ -69,9 +70,8 @@ def write_decoder(
     (path / "graph").mkdir(parents=True)
     offsets: dict[str, int] = {}
     for slots in (False, True) if merged is None else (False,):
-        model = tiny.decoder_model(
-            shape, weights, slots=slots, weights_file=path / "graph" / "weights.bin", offsets=offsets
-        )
+        file = path / "graph" / "weights.bin"
+        model = tiny.decoder_model(shape, weights, slots=slots, weights_file=file, offsets=offsets, declare=declare)
         tiny.save(model, path / "graph" / f"decoder.{'slots' if slots else 'plain'}.onnx")
     generation = {
         "cache_layers": shape.layers,

@@ -30,6 +30,7 @@ class GraphWriter:
     slot_inputs: list[Any] = field(default_factory=list)
     defaults: list[Any] = field(default_factory=list)
     constants: dict[str, Array] = field(default_factory=dict)
+    declare: bool = False  # whether adapter inputs declare their shape, so that all rows share one adapter
 
     def op(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=output + "_node", domain=domain, **attributes))
@@ -53,7 +54,7 @@ class GraphWriter:
         return self.op("Add", [y, xab], f"{site}.adapted")
 
     def slot(self, name: str, default: Array, shape: list[int | str]) -> str:
-        self.slot_inputs.append(helper.make_tensor_value_info(name, F, shape))
+        self.slot_inputs.append(helper.make_tensor_value_info(name, F, shape if self.declare else None))
         self.defaults.append(numpy_helper.from_array(default, name))
         return name
 
@@ -123,10 +124,16 @@ def decoder_sites(shape: DecoderShape) -> dict[str, tuple[int, int]]:
 
 
 def decoder_model(
-    shape: DecoderShape, weights: dict[str, Array], *, slots: bool, weights_file: Path | None, offsets: dict[str, int]
+    shape: DecoderShape,
+    weights: dict[str, Array],
+    *,
+    slots: bool,
+    weights_file: Path | None,
+    offsets: dict[str, int],
+    declare: bool = False,
 ) -> Any:
     """A decoder with GroupQueryAttention (rotary inside), a tanh MLP and `logits_from`."""
-    g = GraphWriter(slots, weights)
+    g = GraphWriter(slots, weights, declare=declare)
     g.constants.update({"embed.weight": weights["embed.weight"], "cos": weights["cos"], "sin": weights["sin"]})
     g.constant("norm.weight", weights["norm.weight"])
     g.constant("one_i32", np.asarray([1], np.int32))
