@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgeadapt.errors import QuantizeError
 from edgeadapt.export.graph import Graph
 from edgeadapt.progress import SILENT, Progress
+from edgeadapt.quantize.patch import Variant
 from edgeadapt.quantize.plan import Choice, choose_schemes, load_scheme
 from edgeadapt.quantize.retie import retie
 from edgeadapt.quantize.rewrite import CONTRIB, drop_unused
@@ -47,6 +48,7 @@ def quantize(
     keep: Mapping[str, str] | None = None,
     moments: Moments | None = None,
     block_size: int | None = None,
+    variants: Sequence[Variant] = (),
     progress: Progress = SILENT,
 ) -> tuple[Graph, dict[str, Any]]:
     """Return `graph` with its weights stored as `scheme` says, and the record of what was done.
@@ -62,6 +64,7 @@ def quantize(
         moments: by module path, float32[in, in]: the mean of x x^T over the calibration texts' inputs x of a linear
             layer. With them int4 rounds with error feedback; the record counts how many layers used theirs.
         block_size: weights that share a scale: 16, 32, 64, 128 or 256; None for the scheme's own.
+        variants: adapters whose merged weights are to be rounded on the same grid; filled.
         progress: told of each weight.
 
     Raises:
@@ -81,13 +84,17 @@ def quantize(
     choices = choose_schemes(weights, scheme, keep or {})
     _check_work(scheme, keep or {}, choices)
     with progress.stage(f"quantize to {scheme}"):
-        entries = _apply(choices, moments or {}, size, progress)
+        entries = _apply(choices, moments or {}, size, variants, progress)
     for model in models.values():
         model.graph.opset_imports.setdefault(CONTRIB, 1)
+    for variant in variants:
+        variant.finish(models)
     return replace(graph, models=models), _record(scheme, size, entries)
 
 
-def _apply(choices: Sequence[Choice], moments: Moments, block_size: int, progress: Progress) -> list[_Entry]:
+def _apply(
+    choices: Sequence[Choice], moments: Moments, block_size: int, variants: Sequence[Variant], progress: Progress
+) -> list[_Entry]:
     """Rewrite every constant once for each scheme that its uses have, in the order of the nodes."""
 
     def one_constant(choice: Choice) -> tuple[str, int, str, bool]:
@@ -102,13 +109,19 @@ def _apply(choices: Sequence[Choice], moments: Moments, block_size: int, progres
     memory: dict[str, Any] = {}
     seen: set[int] = set()
     for done, group in enumerate(groups, start=1):
-        entries.append(_apply_group(group, moments, block_size, memory, seen))
+        entries.append(_apply_group(group, moments, block_size, memory, seen, variants=variants))
         progress.advance(done, len(groups))
     return entries
 
 
 def _apply_group(
-    group: Sequence[Choice], moments: Moments, block_size: int, memory: dict[str, Any], seen: set[int]
+    group: Sequence[Choice],
+    moments: Moments,
+    block_size: int,
+    memory: dict[str, Any],
+    seen: set[int],
+    *,
+    variants: Sequence[Variant],
 ) -> _Entry:
     """Rewrite the uses of one constant that share a scheme; `seen` holds constants that were counted before."""
     uses = [choice.weight for choice in group]
@@ -124,9 +137,12 @@ def _apply_group(
             f"the calibration moments of {first.path} are no second moments: {error}",
             hint="collect them from this base in float32",
         ) from error
+    graph = first.initializer.graph
+    assert isinstance(graph, ir.Graph)
+    for variant in variants:
+        variant.take(group[0].role, graph, uses, stored)
+    stored = replace(stored, again=None)  # it holds the weight
     if scheme != "none":
-        graph = first.initializer.graph
-        assert isinstance(graph, ir.Graph)
         drop_unused(graph, first.initializer)
     return _Entry(
         path=first.path,

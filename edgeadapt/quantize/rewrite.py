@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,26 @@ ACCURACY_LEVEL = 4
 """MatMulNBits computes with activations rounded to int8 per block: 2 to 3 times faster than float32 on a CPU."""
 
 
-def use_blocks(uses: Sequence[Weight], blocks: Blocks) -> int:
-    """Have every node in `uses` read `blocks`, and return the bytes that the file holds for it.
+@dataclass(frozen=True)
+class InBlocks:
+    """Initializers that hold a matrix in blocks.
+
+    bytes: what the file holds of them; matrices, tables: the names of the codes for MatMulNBits and for Gather
+    """
+
+    bytes: int
+    matrices: str | None
+    tables: str | None
+
+    def codes(self, blocks: Blocks) -> dict[str, NDArray[np.uint8]]:
+        """Return the initializers' values for a matrix on the same scales and zero points, by name."""
+        packed = blocks.packed_codes()
+        values = {} if self.matrices is None else {self.matrices: packed}
+        return values if self.tables is None else {**values, self.tables: _rows(packed, blocks)}
+
+
+def use_blocks(uses: Sequence[Weight], blocks: Blocks) -> InBlocks:
+    """Have every node in `uses` read `blocks`, and return what holds it.
 
     A matrix product becomes MatMulNBits (its bias an Add, which every execution provider has), a Gather
     GatherBlockQuantized. Both read the same scales; their codes differ in shape only, so a file that stores equal
@@ -41,7 +60,11 @@ def use_blocks(uses: Sequence[Weight], blocks: Blocks) -> int:
             _use_gather(use, blocks, [tables, scales, zeros])
     separate = matrices is not None and tables is not None and blocks.in_features % blocks.block_size != 0
     stored = codes.nbytes * (2 if separate else 1) + blocks.scales.nbytes
-    return stored + (0 if packed_zeros is None else packed_zeros.nbytes)
+    return InBlocks(
+        stored + (0 if packed_zeros is None else packed_zeros.nbytes),
+        None if matrices is None else str(matrices.name),
+        None if tables is None else str(tables.name),
+    )
 
 
 def _rows(codes: NDArray[np.uint8], blocks: Blocks) -> NDArray[np.uint8]:
@@ -74,8 +97,11 @@ def _use_gather(use: Weight, blocks: Blocks, constants: Sequence[ir.Value | None
     _replace(use.node, [_node("GatherBlockQuantized", inputs, attributes, domain=CONTRIB)])
 
 
-def use_channels(uses: Sequence[Weight], codes: NDArray[np.int8], scales: NDArray[np.float32]) -> int:
-    """Have convolutions read codes int8[out, in/groups, kh, kw] times scales float32[out, 1, 1, 1]; return the bytes.
+def use_channels(uses: Sequence[Weight], codes: NDArray[np.int8], scales: NDArray[np.float32]) -> tuple[int, str]:
+    """Have convolutions read codes int8[out, in/groups, kh, kw] times scales float32[out, 1, 1, 1].
+
+    Returns:
+        The bytes in the file, and the name of the codes' initializer.
 
     As Cast and Mul, which ONNX Runtime folds when it loads the graph, so that the kernels get constant float32 weights
     and run at full speed. A DequantizeLinear is never folded: it would run at every step and keep the kernels from
@@ -90,11 +116,11 @@ def use_channels(uses: Sequence[Weight], codes: NDArray[np.int8], scales: NDArra
     product = _node("Mul", [cast.outputs[0], factor], {})
     product.outputs[0].name = f"{prefix}.weight"
     _feed(uses, [cast, product])
-    return codes.nbytes + scales.nbytes
+    return codes.nbytes + scales.nbytes, str(stored.name)
 
 
-def use_half(uses: Sequence[Weight], values: NDArray[np.float16]) -> int:
-    """Have every node in `uses` read float16 values as float32, and return the bytes in the file.
+def use_half(uses: Sequence[Weight], values: NDArray[np.float16]) -> tuple[int, str]:
+    """Have every node in `uses` read float16 values as float32; return the bytes in the file and their initializer.
 
     A Cast on the weight is folded when ONNX Runtime loads the graph; an embedding's rows are cast after the Gather, so
     that the table stays float16 in memory.
@@ -111,7 +137,7 @@ def use_half(uses: Sequence[Weight], values: NDArray[np.float16]) -> int:
             rows = _node("Gather", [stored, use.node.inputs[1]], {"axis": 0})
             rows.outputs[0].name = f"{use.node.outputs[0].name}.fp16"
             _replace(use.node, [rows, _node("Cast", [rows.outputs[0]], {"to": ir.DataType.FLOAT})])
-    return values.nbytes
+    return values.nbytes, str(stored.name)
 
 
 def store(graph: ir.Graph, name: str, array: NDArray[Any]) -> ir.Value:

@@ -12,7 +12,7 @@ A scheme's file holds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -44,10 +44,13 @@ class Stored:
 
     bytes: what the file holds of it now, scales and zero points included
     rounding: "nearest" (each weight by itself), "feedback" (with calibration moments), "float16", or None if untouched
+    again: from another matrix in its place (as `Weight.matrix` gives it; a convolution's or float16 weight as it lies)
+        to the initializers that hold it, by name: on the same scales and zero points, rounded by the same rule
     """
 
     bytes: int
     rounding: str | None
+    again: Callable[[NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None
 
 
 class Scheme(Protocol):

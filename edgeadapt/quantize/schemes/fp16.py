@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeadapt.quantize.rewrite import use_half
 from edgeadapt.quantize.scheme import Settings, Stored
@@ -33,4 +34,9 @@ def refuses(weight: Weight) -> str | None:
 
 def apply(uses: Sequence[Weight], _settings: Settings) -> Stored:
     """Store the constant as it lies, in float16."""
-    return Stored(use_half(uses, uses[0].tensor.numpy().astype(np.float16)), "float16")
+    count, name = use_half(uses, uses[0].tensor.numpy().astype(np.float16))
+    return Stored(count, "float16", lambda other: {name: _laid(uses[0], other).astype(np.float16)})
+
+
+def _laid(use: Weight, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    return matrix.T if use.transposed else matrix

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.quantize.blocks import round_to_nearest
-from edgeadapt.quantize.gptq import Inverse, invert, round_with_feedback
+from edgeadapt.quantize.gptq import Inverse, invert, round_on_grid, round_with_feedback
 from edgeadapt.quantize.rewrite import use_blocks
 from edgeadapt.quantize.scheme import Settings, Stored
 from edgeadapt.quantize.weights import Weight
@@ -46,11 +46,14 @@ def refuses(weight: Weight) -> str | None:
 def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     """Store the matrix in 4 bits, with error feedback where calibration moments are at hand."""
     matrix = uses[0].matrix()
-    if settings.moment is None:
+    inverse = None if settings.moment is None else _inverse(settings.moment, settings.memory)
+    if inverse is None:
         blocks = round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
-        return Stored(use_blocks(uses, blocks), "nearest")
-    blocks = round_with_feedback(matrix, _inverse(settings.moment, settings.memory), 4, settings.block_size)
-    return Stored(use_blocks(uses, blocks), "feedback")
+    else:
+        blocks = round_with_feedback(matrix, inverse, 4, settings.block_size)
+    stored = use_blocks(uses, blocks)
+    rounding = "nearest" if inverse is None else "feedback"
+    return Stored(stored.bytes, rounding, lambda other: stored.codes(round_on_grid(other, blocks, inverse)))
 
 
 def _inverse(moment: NDArray[np.float32], memory: dict[str, Any]) -> Inverse:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeadapt.quantize.blocks import round_to_nearest
-from edgeadapt.quantize.channels import round_channels
+from edgeadapt.quantize.channels import encode_channels, round_channels
+from edgeadapt.quantize.gptq import round_on_grid
 from edgeadapt.quantize.rewrite import use_blocks, use_channels
 from edgeadapt.quantize.scheme import Settings, Stored
 from edgeadapt.quantize.weights import Weight
@@ -30,6 +31,8 @@ def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     """Store the constant in 8 bits, rounded to nearest, without zero points."""
     if uses[0].kind == "conv":
         codes, scales = round_channels(np.asarray(uses[0].tensor.numpy(), np.float32))
-        return Stored(use_channels(uses, codes, scales), "nearest")
+        count, name = use_channels(uses, codes, scales)
+        return Stored(count, "nearest", lambda other: {name: encode_channels(other, scales)})
     blocks = round_to_nearest(uses[0].matrix(), 8, settings.block_size, symmetric=True)
-    return Stored(use_blocks(uses, blocks), "nearest")
+    stored = use_blocks(uses, blocks)
+    return Stored(stored.bytes, "nearest", lambda other: stored.codes(round_on_grid(other, blocks)))

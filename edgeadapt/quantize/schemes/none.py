@@ -23,4 +23,6 @@ def refuses(_weight: Weight) -> str | None:
 
 def apply(uses: Sequence[Weight], _settings: Settings) -> Stored:
     """Change nothing."""
-    return Stored(uses[0].tensor.nbytes, None)
+    first = uses[0]
+    name = str(first.initializer.name)
+    return Stored(first.tensor.nbytes, None, lambda other: {name: other.T if first.transposed else other})
