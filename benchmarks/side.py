@@ -1,0 +1,115 @@
+"""One measured process: an engine with one configuration in one form, asked over a pipe, watched through /proc."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+LIMIT_S = 300
+"""The longest that one request may take."""
+
+
+class SideError(Exception):
+    """What a child reported, or how it ended."""
+
+
+@dataclass
+class Side:
+    """What a process is started from.
+
+    engine: the file's name in engines/; configuration: a key of its CONFIGURATIONS
+    adapter: the adapter that is active when it is measured, None for the bare base
+    adapters: all that are there to be swapped to, name to PEFT folder; empty for the plain form
+    note: what else distinguishes it, such as a second process for the A/A control
+    """
+
+    engine: str
+    module: ModuleType
+    configuration: str
+    python: Path
+    folder: Path
+    threads: int
+    adapter: str | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+    process: subprocess.Popen[str] | None = None
+
+    @property
+    def name(self) -> str:
+        """A name for tables and files, such as "edgeadapt int8, sql"."""
+        state = self.note or self.adapter or "base"
+        return f"{self.engine} {self.configuration}, {state}"
+
+    def launch(self, logs: Path) -> None:
+        """Start the process; nothing is loaded yet."""
+        command = [str(self.python), str(HERE / "child.py"), str(HERE / "engines" / f"{self.engine}.py")]
+        # Every engine runs with its own defaults, so nothing of the caller's tuning may reach it.
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
+        logs.mkdir(parents=True, exist_ok=True)
+        with (logs / f"{self.name.replace(' ', '_').replace(',', '')}.log").open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
+
+    def load(self) -> dict[str, Any]:
+        """Open the model; the adapter is made active at the next request."""
+        return self.ask(
+            do="load",
+            configuration=self.configuration,
+            folder=str(self.folder),
+            threads=self.threads,
+            adapters=self.adapters,
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """One request, one answer.
+
+        Raises:
+            SideError: if the child reports an error, dies, or takes too long.
+        """
+        process = self.process
+        if process is None or process.stdin is None or process.stdout is None:
+            raise SideError("was not started")
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+        except OSError as error:
+            raise SideError(f"cannot be asked: it ended with {process.poll()}") from error
+        if not select.select([process.stdout], [], [], LIMIT_S)[0]:
+            process.kill()
+            raise SideError(f"no answer to {request['do']!r} within {LIMIT_S} s")
+        line = process.stdout.readline()
+        if not line:
+            raise SideError(f"ended with {process.wait(30)} during {request['do']!r}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise SideError(answer["error"])
+        return answer
+
+    def pid(self) -> int:
+        """The process's id."""
+        if self.process is None:
+            raise SideError("was not started")
+        return self.process.pid
+
+    def close(self) -> None:
+        """End the process, gently first."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        if process.stdin:
+            process.stdin.close()
+        try:
+            process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout:
+            process.stdout.close()
