@@ -31,6 +31,10 @@ class Recipe:
     calibrate: a file of samples for schemes that measure activations, and for the quality table
     max_kl, min_top1: the quality gate: the largest mean KL divergence (nats) from the float model, and the smallest
         share of equal top-1 answers (0 to 1); None for no gate
+    prune_kl: leave out ranks and sites of each adapter as long as its answers differ from the whole adapter's by no
+        more than this mean KL divergence (nats, on the samples, before quantizing); None leaves nothing out
+    adapter_dtype: how adapters are stored (edgeadapt/bundle/stored.py); None for float32 where nothing is quantized,
+        else float16
     max_length: the longest sequence in tokens, None for what the model was trained for
     force: replace an existing bundle
     """
@@ -48,6 +52,8 @@ class Recipe:
     calibrate: Path | None = None
     max_kl: float | None = None
     min_top1: float | None = None
+    prune_kl: float | None = None
+    adapter_dtype: Literal["float32", "float16", "int8"] | None = None
     max_length: int | None = None
     force: bool = False
 
@@ -61,6 +67,7 @@ class Recipe:
         _check_merge(self)
         _check_schemes(self)
         _check_gate(self)
+        _check_adapter_settings(self)
 
 
 def read_recipe(name: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -132,6 +139,17 @@ def _check_schemes(recipe: Recipe) -> None:
             raise RecipeError(f"{label}: unknown scheme {scheme!r}", hint=f"known: {', '.join(known)}")
     if recipe.keep and recipe.quantize == "none":
         raise RecipeError("keep has exceptions, and nothing is quantized", hint="set quantize, or leave keep out")
+
+
+def _check_adapter_settings(recipe: Recipe) -> None:
+    for key in ("prune_kl", "adapter_dtype"):
+        if recipe.merge and getattr(recipe, key) is not None:
+            raise RecipeError(
+                f"{key} is {getattr(recipe, key)!r}, and the adapter is merged into the weights",
+                hint=f"leave out merge or {key}",
+            )
+    if recipe.prune_kl is not None and not 0 < recipe.prune_kl < float("inf"):
+        raise RecipeError(f"prune_kl must be above 0, got {recipe.prune_kl}", hint="0.001 is strict, 0.01 is loose")
 
 
 def _check_gate(recipe: Recipe) -> None:

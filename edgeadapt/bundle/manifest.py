@@ -52,7 +52,7 @@ class Pruning:
     """What was left out of an adapter when it was exported, and what that cost.
 
     max_kl: the budget in nats; kl: the mean KL divergence of the whole adapter's answers from these, unquantized
-    ranks, sites, parameters: what is left, over all sites; ranks_before, sites_before, parameters_before: what there was
+    ranks, sites, parameters: what is left, over all sites; with _before: what there was
     """
 
     max_kl: float

@@ -56,6 +56,14 @@ def export(
     min_top1: Annotated[
         float | None, typer.Option("--min-top1", help="Fail if fewer top-1 answers (0 to 1) agree with torch.")
     ] = None,
+    prune_kl: Annotated[
+        float | None,
+        typer.Option("--prune-kl", help="Leave out ranks and sites of adapters, up to this mean KL divergence (nats)."),
+    ] = None,
+    adapter_dtype: Annotated[
+        Literal["float32", "float16", "int8"] | None,
+        typer.Option("--adapter-dtype", help="How adapters are stored.", show_default="float16 if quantized"),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option("--max-length", help="The longest sequence, in tokens.", show_default="the model's")
     ] = None,
@@ -84,6 +92,8 @@ def export(
         calibrate=None if calibrate is None else str(calibrate),
         max_kl=max_kl,
         min_top1=min_top1,
+        prune_kl=prune_kl,
+        adapter_dtype=adapter_dtype,
         max_length=max_length,
         force=force,
     )

@@ -61,12 +61,20 @@ def _show_tables(path: str, summary: dict[str, Any]) -> None:
         },
     )
     adapters = [
-        {"adapter": name, **record, "labels": len(record["labels"]) or None}
+        {"adapter": name, **record, "labels": len(record["labels"]) or None, "pruned": _pruned(record["pruned"])}
         for name, record in summary["adapters"].items()
     ]
     output.table("Adapters", adapters)
     rows = [{**_LEADING, **row, "adapter": row.get("adapter") or "(base)"} for row in summary["quality"]]
     output.table("Quality: quantized, against torch in float32", rows)
+
+
+def _pruned(cut: dict[str, Any] | None) -> str | None:
+    """Return what was left out of an adapter, in a few words."""
+    if cut is None:
+        return None
+    ranks, sites = (f"{cut[key]} of {cut[key + '_before']} {key}" for key in ("ranks", "sites"))
+    return f"{ranks}, {sites}, KL {cut['kl']:.2g}"
 
 
 # The columns that people look at first.

@@ -44,6 +44,22 @@ def test_defaults():
         ),
         ({"max_kl": -0.1}, "max_kl must be 0 or more, got -0.1", "0.02 is strict, 0.1 is loose"),
         ({"min_top1": 95}, "min_top1 must be between 0 and 1, got 95.0", "0.95 means 95 %"),
+        ({"prune_kl": 0}, "prune_kl must be above 0, got 0.0", "0.001 is strict, 0.01 is loose"),
+        (
+            {"prune_kl": 0.01, "merge": True},
+            "prune_kl is 0.01, and the adapter is merged into the weights",
+            "leave out merge or prune_kl",
+        ),
+        (
+            {"adapter_dtype": "int8", "merge": True},
+            "adapter_dtype is 'int8', and the adapter is merged into the weights",
+            "leave out merge or adapter_dtype",
+        ),
+        (
+            {"adapter_dtype": "int4"},
+            "export settings: field adapter_dtype must be one of 'float32', 'float16', 'int8', got the string 'int4'",
+            "did you mean 'int8'? correct the value",
+        ),
         ({"max_length": 0}, "max_length must be at least 1, got 0", "leave it out for the model's own limit"),
     ],
 )

@@ -31,6 +31,7 @@ def text(root):
         manifest.Slot,
         manifest.ParameterSlot,
         manifest.AdapterRecord,
+        manifest.Pruning,
         manifest.FileRecord,
         adapter_json.AdapterJson,
         adapter_json.TensorRecord,

@@ -29,7 +29,8 @@ def test_every_flag_reaches_the_recipe(invoke, asked):
     result = invoke(
         "export", "a b", "c", "--base", "hub/base", "-o", "out.bundle", "--name", "x", "--name", "y", "--task", "t",
         "--revision", "abc", "--quantize", "int4", "--keep", "*.down_proj=int8", "--keep", "a=b=none",
-        "--calibrate", "text.txt", "--max-kl", "0.1", "--min-top1", "0.9", "--max-length", "512", "--force",
+        "--calibrate", "text.txt", "--max-kl", "0.1", "--min-top1", "0.9", "--prune-kl", "0.01", "--adapter-dtype",
+        "int8", "--max-length", "512", "--force",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert asked == [
@@ -45,6 +46,8 @@ def test_every_flag_reaches_the_recipe(invoke, asked):
             calibrate=Path("text.txt"),
             max_kl=0.1,
             min_top1=0.9,
+            prune_kl=0.01,
+            adapter_dtype="int8",
             max_length=512,
             force=True,
         )
