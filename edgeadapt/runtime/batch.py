@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.cache import AdapterKey, SharedCache
+from edgeadapt.runtime.prefixes import ContentKey
 from edgeadapt.runtime.prompts import Prompt, answer_limit, check_vocabulary, prompt_ids
 from edgeadapt.runtime.rowwise import RowBindings
 from edgeadapt.runtime.sampling import Sampling, sampling
@@ -43,6 +44,8 @@ class Request:
         self.ids = ids
         self.options = options
         self.writer = writer
+        self.content: ContentKey = ()  # known once it is read, if there is a prefix cache
+        self.cached_tokens = 0
         self._batch = batch
         self._pieces: list[str] = []
 
@@ -77,6 +80,7 @@ class Request:
             adapter=self._batch.adapter_of(self),
             finish_reason=self.writer.finish_reason or "length",
             prompt_tokens=len(self.ids),
+            cached_tokens=self.cached_tokens,
         )
 
     def cancel(self) -> None:
@@ -102,6 +106,7 @@ class Batch:
         self._session = session
         self._cache = cache
         self._bindings = RowBindings(session, rows)
+        self._prefixes = session.prefixes
         self._waiting: deque[Request] = deque()
         self._reading: tuple[Request, SharedCache] | None = None
         self._writing: list[Request] = []
@@ -188,7 +193,11 @@ class Batch:
         if self._reading is None and self._waiting and len(self._writing) < self._cache.batch_size:
             row = self._cache.part(len(self._writing), 1)
             row.shorten(0, 0)
-            self._reading = (self._waiting.popleft(), row)
+            request = self._waiting.popleft()
+            if self._prefixes is not None:
+                request.content = self._session.content_of(request.key)
+                request.cached_tokens = self._prefixes.restore(request.content, request.ids, row)
+            self._reading = (request, row)
         return self._reading
 
     def _join(self, request: Request, row: SharedCache) -> None:
@@ -198,6 +207,7 @@ class Batch:
             target.write_row(0, row.read_row(0, len(request.ids)), len(request.ids))
         self._writing.append(request)
         self._reading = None
+        self._remember(len(self._writing) - 1)  # texts that join later may begin like it
 
     def _write(self) -> None:
         ids = [[request.writer.token_ids[-1]] for request in self._writing]
@@ -221,8 +231,14 @@ class Batch:
 
     def _leave(self, row: int) -> None:
         """Free a row: the last text takes it."""
+        self._remember(row)
         last = len(self._writing) - 1
         if row != last:
             self._cache.copy_row(last, row)
             self._writing[row] = self._writing[last]
         self._writing.pop()
+
+    def _remember(self, row: int) -> None:
+        if self._prefixes is not None:
+            request = self._writing[row]
+            self._prefixes.store(request.content, request.tokens, self._cache.part(row, 1))

@@ -89,6 +89,11 @@ class SharedCache(Cache):
         }
         self._parts: dict[tuple[int, int], Self] = {}
 
+    @property
+    def bytes_per_token(self) -> int:
+        """How much memory one token of one row takes."""
+        return sum(x.dtype.itemsize * x.shape[1] * x.shape[3] for x in self.buffers.values())
+
     def row(self, index: int) -> Mapping[str, Tensor | Rows]:
         """Return views of one row's buffers, float32[1, heads, max_length, dim], the same objects at each call."""
         return self.part(index, 1).buffers

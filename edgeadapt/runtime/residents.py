@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -47,6 +48,16 @@ class Residents:
         parts = [(weight, self._arrays(name)) for name, weight in key]
         blended = assemble(blend(parts, self._bundle.manifest), self._bundle.manifest)
         return {slot: Tensor(value) for slot, value in blended.items()}
+
+    def digest(self, name: str) -> str:
+        """Return the SHA-256 of an adapter's file, or of what was lent: equal digests, equal tensors."""
+        if name not in self._lent:
+            return self._bundle.manifest.files[f"adapters/{name}/adapter.onnx_adapter"].sha256
+        total = hashlib.sha256()
+        for slot, value in sorted(self._lent[name].items()):
+            total.update(f"{slot} {value.shape}\n".encode())
+            total.update(value.tobytes())
+        return total.hexdigest()
 
     @property
     def lent(self) -> tuple[str, ...]:

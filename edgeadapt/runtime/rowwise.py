@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.runtime.cache import AdapterKey
 from edgeadapt.runtime.ort import Binding, Rows, Tensor, TensorInfo
+from edgeadapt.slots import Joined, Slot
 
 if TYPE_CHECKING:
     from edgeadapt.runtime.session import Session
@@ -32,7 +33,7 @@ class RowAdapters:
 
     def __init__(self, rows: int, manifest: Manifest) -> None:
         self.keys: list[AdapterKey | None] = [None] * rows
-        places = (*manifest.slots, *manifest.joined)
+        places: tuple[Slot | Joined, ...] = (*manifest.slots, *manifest.joined)
         self._gains = {place.inputs["gain"] for place in places if "gain" in place.inputs}
         self._stacked: dict[str, Tensor] = {}
         self._views: dict[int, dict[str, Tensor | Rows]] = {}

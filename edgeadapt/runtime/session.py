@@ -21,6 +21,7 @@ from edgeadapt.runtime.checks import is_whole
 from edgeadapt.runtime.groups import run_groups
 from edgeadapt.runtime.inputs import checked_inputs
 from edgeadapt.runtime.ort import Binding, OrtGraph, Tensor, TensorInfo, check_provider, open_graph
+from edgeadapt.runtime.prefixes import ContentKey, PrefixCache
 from edgeadapt.runtime.prepacked import prepacked_graph, shares_weights
 from edgeadapt.runtime.residents import Residents, adapter_key
 from edgeadapt.runtime.rows import run_decoder
@@ -44,6 +45,7 @@ def open_session(
     provider: str = "cpu",
     keep_graphs: bool = True,
     share_weights: bool | None = None,
+    prefix_cache_bytes: int = 0,
 ) -> Session:
     """Return a session over a bundle. Graphs are opened when they are first needed.
 
@@ -57,6 +59,9 @@ def open_session(
             It takes a file of 2.3 times the weights' size in the user's cache (see `prepacked.py`), which is written
             when a graph is first opened. None asks the environment variable EDGEADAPT_SHARE_WEIGHTS (1 or 0), else
             False. Where the cache cannot be written, a warning says so and the session opens weights of its own.
+        prefix_cache_bytes: keep keys and values of up to so many bytes of texts that were read or written, so that a
+            prompt which begins like one of them, with the same adapter, is read from there on only. 0 keeps none: then
+            equal calls do equal work, and memory is what it was after loading.
 
     Raises:
         BundleError: if the folder is no bundle.
@@ -65,7 +70,15 @@ def open_session(
     check_provider(provider)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     shared = shares_weights(share_weights, provider)
-    return Session(opened, threads=threads, provider=provider, keep_graphs=keep_graphs, share_weights=shared)
+    prefixes = PrefixCache(prefix_cache_bytes)
+    return Session(
+        opened,
+        threads=threads,
+        provider=provider,
+        keep_graphs=keep_graphs,
+        share_weights=shared,
+        prefixes=prefixes if prefixes.max_bytes else None,
+    )
 
 
 class Session:
@@ -82,12 +95,14 @@ class Session:
         provider: str,
         keep_graphs: bool = True,
         share_weights: bool = False,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self.bundle = bundle
         self.threads = threads
         self.provider = provider
         self.keep_graphs = keep_graphs
         self.share_weights = share_weights
+        self.prefixes = prefixes
         self.spec: DecoderSpec | None = decoder_spec(bundle.manifest)
         self._residents = Residents(bundle, mapped=share_weights)
         self._graphs: dict[str, OrtGraph] = {}
@@ -383,6 +398,10 @@ class Session:
         """
         self._check_open()
         return Batch(self, rows, min(max_length, self.require_decoder().max_length))
+
+    def content_of(self, key: AdapterKey) -> ContentKey:
+        """Return what `key` binds, as digests with weights: the same for the same tensors under any name."""
+        return tuple(sorted((self._residents.digest(name), weight) for name, weight in key))
 
     def is_active(self, key: AdapterKey) -> bool:
         """Return whether `use` chose what `key` stands for."""

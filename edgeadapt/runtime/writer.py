@@ -22,7 +22,8 @@ class Generation:
     text: new text only, without stop texts; token_ids: new tokens, without the end-of-sequence token
     adapter: the adapter that wrote it (see `Session.adapter`)
     finish_reason: "stop" at the end-of-sequence token or a stop text, "length" at the limit, "cancelled"
-    prompt_tokens: tokens read before the first new one (0 where the prompt is not text)
+    prompt_tokens: tokens before the first new one (0 where the prompt is not text)
+    cached_tokens: of those, how many were not read because the session's prefix cache held them
     """
 
     text: str
@@ -30,6 +31,7 @@ class Generation:
     adapter: str | dict[str, float] | None
     finish_reason: Literal["stop", "length", "cancelled"]
     prompt_tokens: int
+    cached_tokens: int = 0
 
 
 class Writer:
