@@ -20,7 +20,7 @@ from edgeadapt.bundle.golden import Golden
 from edgeadapt.bundle.manifest import AdapterRecord, FileRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE, check_adapter_name
 from edgeadapt.bundle.recover import clean, restore
-from edgeadapt.bundle.rules import adapter_paths, dump_manifest, file_role
+from edgeadapt.bundle.rules import adapter_paths, dump_manifest, file_role, patch_path
 from edgeadapt.bundle.write import adapter_files
 from edgeadapt.errors import BundleError
 from edgeadapt.files import (
@@ -89,7 +89,11 @@ def remove_adapter(bundle: Bundle, name: str) -> Bundle:
         manifest = _current(bundle)
         Bundle(bundle.path, manifest).adapter_record(name)
         adapters = {key: value for key, value in manifest.adapters.items() if key != name}
-        files = {path: value for path, value in manifest.files.items() if path not in adapter_paths(name)}
+        files = {
+            path: value
+            for path, value in manifest.files.items()
+            if path not in (*adapter_paths(name), patch_path(name))
+        }
         _write_manifest(bundle.path, dataclasses.replace(manifest, adapters=adapters, files=files))
         with write_errors(bundle.path):
             remove_tree(bundle.path / "adapters" / name)
@@ -138,7 +142,7 @@ def _publish(folder: Path, manifest: Manifest, name: str, record: AdapterRecord,
 
 
 def _with_adapter(folder: Path, manifest: Manifest, name: str, record: AdapterRecord) -> Manifest:
-    files = dict(manifest.files)
+    files = {path: value for path, value in manifest.files.items() if path != patch_path(name)}
     for path in adapter_paths(name):
         files[path] = FileRecord((folder / path).stat().st_size, sha256_file(folder / path), str(file_role(path)))
     return dataclasses.replace(manifest, adapters={**manifest.adapters, name: record}, files=files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -16,8 +17,9 @@ from edgeadapt.bundle.golden import Golden, parse_golden
 from edgeadapt.bundle.manifest import AdapterRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import parse_onnx_adapter
+from edgeadapt.bundle.patch import Patch, Streams, parse_patch
 from edgeadapt.bundle.recover import recover
-from edgeadapt.bundle.rules import parse_manifest
+from edgeadapt.bundle.rules import parse_manifest, patch_path
 from edgeadapt.bundle.stored import to_float32
 from edgeadapt.errors import BundleError, FileError
 from edgeadapt.files import read_bytes
@@ -114,6 +116,28 @@ class Bundle:
         """Return an adapter's own record."""
         self.adapter_record(name)
         return read_adapter_json(self.file(f"adapters/{name}/adapter.json"))
+
+    def has_patch(self, name: str) -> bool:
+        """Whether the export made a patch for an adapter, with which it can be promoted.
+
+        Raises:
+            BundleError: if there is no such adapter.
+        """
+        self.adapter_record(name)
+        return patch_path(name) in self.manifest.files
+
+    def patch(self, name: str) -> tuple[Patch, list[Iterator[Streams]]]:
+        """Return an adapter's patch: its header, and for each file the regions with their streams.
+
+        Raises:
+            BundleError: if there is no such adapter, it has no patch, or the patch is damaged.
+        """
+        if not self.has_patch(name):
+            raise BundleError(
+                f"adapter {name!r} has no patch: only an export with --patches makes one, from the float base",
+                hint="export the bundle again with --patches, or use the adapter as it is",
+            )
+        return parse_patch(self.read(patch_path(name)), str(self.path / patch_path(name)), self.manifest)
 
     def golden(self, name: str) -> Golden:
         """Return an adapter's golden.

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from edgeadapt.errors import BundleError
 
 ADAPTER_FILES = ("adapter.json", "adapter.onnx_adapter", "golden.safetensors")
+PATCH_FILE = "patch.bin"
+"""Beside an adapter's files, if the export made one."""
 MANIFEST_FILE = "manifest.json"
 RESERVED_NAMES = ("base", "none")
 """Names for the bare base wherever an adapter is chosen."""

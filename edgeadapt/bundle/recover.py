@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgeadapt.bundle.manifest import Manifest
-from edgeadapt.bundle.names import ADAPTER_FILES
+from edgeadapt.bundle.names import ADAPTER_FILES, PATCH_FILE
 from edgeadapt.errors import FileError
 from edgeadapt.files import locked_directory, sha256_file, sync_folder, write_errors
 
@@ -65,7 +65,7 @@ def clean(folder: Path, manifest: Manifest) -> None:
             leftover = _TEMPORARY.fullmatch(path.name) or path.name not in manifest.adapters
             if leftover and path.is_dir() and not path.is_symlink():
                 names = {item.name for item in path.iterdir()}
-                if names <= set(ADAPTER_FILES) and not _OLD.fullmatch(path.name):
+                if names <= {*ADAPTER_FILES, PATCH_FILE} and not _OLD.fullmatch(path.name):
                     shutil.rmtree(path)
         for path in folder.glob(".manifest.json.tmp-*"):
             path.unlink()
@@ -80,7 +80,8 @@ def _is_listed(place: Path, name: str, manifest: Manifest) -> bool:
     """Whether the folder `place` holds the files that the manifest lists for adapter `name`."""
     if name not in manifest.adapters:
         return False
-    for file in ADAPTER_FILES:
+    files = [f for f in (*ADAPTER_FILES, PATCH_FILE) if f"adapters/{name}/{f}" in manifest.files]
+    for file in files:
         record = manifest.files[f"adapters/{name}/{file}"]
         path = place / file
         if not path.is_file() or path.stat().st_size != record.size or sha256_file(path) != record.sha256:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from edgeadapt.bundle.base import base_fingerprint
 from edgeadapt.bundle.manifest import SCHEMA, Manifest
-from edgeadapt.bundle.names import ADAPTER_FILES, check_adapter_name, check_file_path
+from edgeadapt.bundle.names import ADAPTER_FILES, PATCH_FILE, check_adapter_name, check_file_path
 from edgeadapt.bundle.stored import DTYPES
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import from_mapping, to_mapping
@@ -18,7 +18,7 @@ from edgeadapt.files import canonical_json, parse_json
 from edgeadapt.slots import Joined, Slot
 
 WEIGHTS_FILE = "graph/weights.bin"
-ROLES = ("graph", "weights", "asset", "adapter", "golden")
+ROLES = ("graph", "weights", "asset", "adapter", "golden", "patch")
 TERMS = ("a", "b", "gain", "offset")
 MODULE_TYPES = ("linear", "conv1d", "conv2d", "embedding", "norm", "other")
 
@@ -81,8 +81,13 @@ def check_manifest(manifest: Manifest, where: str) -> None:
 
 
 def adapter_paths(name: str) -> tuple[str, ...]:
-    """Return the paths of an adapter's files in a bundle."""
+    """Return the paths of the files in a bundle that every adapter has."""
     return tuple(f"adapters/{name}/{file}" for file in ADAPTER_FILES)
+
+
+def patch_path(name: str) -> str:
+    """Return the path in a bundle of an adapter's patch, if it has one."""
+    return f"adapters/{name}/{PATCH_FILE}"
 
 
 def slot_inputs(manifest: Manifest) -> dict[str, str]:
@@ -137,8 +142,8 @@ def file_role(path: str) -> str | None:
         return "graph"
     if parts[0] == "assets" and len(parts) >= 2:
         return "asset"
-    if parts[0] == "adapters" and len(parts) == 3 and parts[2] in ADAPTER_FILES:
-        return "golden" if parts[2] == "golden.safetensors" else "adapter"
+    if parts[0] == "adapters" and len(parts) == 3 and parts[2] in (*ADAPTER_FILES, PATCH_FILE):
+        return {"golden.safetensors": "golden", PATCH_FILE: "patch"}.get(parts[2], "adapter")
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from edgeadapt.bundle.golden import parse_golden
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import OnnxAdapter, parse_onnx_adapter
-from edgeadapt.bundle.rules import dump_manifest, slot_inputs
+from edgeadapt.bundle.patch_files import patched_files
+from edgeadapt.bundle.rules import dump_manifest, patch_path, slot_inputs
 from edgeadapt.bundle.stored import to_float32
 from edgeadapt.errors import BundleError, EdgeAdaptError
 from edgeadapt.files import read_bytes, sha256_file
@@ -112,7 +114,22 @@ def _check_adapter(bundle: Bundle, name: str, damaged: set[str]) -> list[Finding
     path = f"adapters/{name}/golden.safetensors"
     if path not in damaged:
         findings += _check_golden(bundle, name, path)
-    return findings
+    return findings + _check_patch(bundle, name, damaged)
+
+
+def _check_patch(bundle: Bundle, name: str, damaged: set[str]) -> list[Finding]:
+    """Apply an adapter's patch, if it has one, to sound files, without keeping the result."""
+    path = patch_path(name)
+    if path not in bundle.manifest.files or path in damaged:
+        return []
+    try:
+        patched = patched_files(bundle, name)
+        for file in patched:
+            if file.path not in damaged:
+                deque(file.chunks(), maxlen=0)
+    except EdgeAdaptError as error:
+        return [Finding(path, error.message)]
+    return []
 
 
 def _json_problem(content: AdapterJson, name: str, manifest: Manifest, tensors: OnnxAdapter | None) -> str | None:
