@@ -178,8 +178,18 @@ class Binding:
         self._inputs: dict[str, Tensor | Rows] = {}
         self._outputs: dict[str, Tensor | Rows | None] = {}
         self._shared: Mapping[str, Tensor | Rows] | None = None
+        self._base: Mapping[str, Tensor] = {}
+        self.rebase(base)
+
+    def can_rebase(self, base: Mapping[str, Tensor]) -> bool:
+        """Whether `base` takes the place of all that was bound as base before: nothing can be unbound."""
+        return self._base.keys() <= base.keys()
+
+    def rebase(self, base: Mapping[str, Tensor]) -> None:
+        """Bind other base tensors in place, and keep what else is bound; see `can_rebase`."""
         for name, tensor in base.items():
             self.set_input(name, tensor)
+        self._base = base
 
     def set_input(self, name: str, tensor: Tensor | Rows) -> None:
         """Bind `tensor` to input `name` until it is replaced."""

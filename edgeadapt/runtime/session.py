@@ -174,8 +174,10 @@ class Session:
         """
         self._check_open()
         key = self.key_of(adapter)
-        bindings = self._bind(self.adapter_tensors(key), slots=bool(key), keep_graphs=self.keep_graphs)
-        self._key, self._bindings = key, bindings
+        tensors = self.adapter_tensors(key)
+        if not (key and self._key and self._rebase(tensors)):
+            self._bindings = self._bind(tensors, slots=bool(key), keep_graphs=self.keep_graphs)
+        self._key = key
 
     def lend(self, name: str, tensors: Mapping[str, Array]) -> None:
         """Let this session use an adapter that is not in its bundle: to measure it before it is written.
@@ -440,6 +442,14 @@ class Session:
         self.prepare()
         return self._bindings[role]
 
+    def _rebase(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Swap one adapter for another in the bindings; False, and nothing done, where that needs new ones."""
+        roles = list(self._bindings.values())
+        if len(roles) != 1 or not tensors.keys() <= roles[0].graph.optional.keys() or not roles[0].can_rebase(tensors):
+            return False
+        roles[0].rebase(tensors)
+        return True
+
     def _bind(self, tensors: Mapping[str, Tensor], *, slots: bool, keep_graphs: bool = True) -> dict[str, Binding]:
         """Return a binding per graph with an adapter's tensors bound where the graph takes them."""
         if not keep_graphs:
@@ -454,7 +464,8 @@ class Session:
                 self._graphs[name] = self._open_graph(name)
             graph = self._graphs[name]
             bindings[role] = Binding(graph, {key: value for key, value in tensors.items() if key in graph.optional})
-        unused = [key for key in tensors if not any(key in b.graph.optional for b in bindings.values())]
+        taken = {name for binding in bindings.values() for name in binding.graph.optional}
+        unused = [name for name in tensors if name not in taken]
         if unused:
             raise SessionError(
                 f"no graph of this bundle takes the adapter's tensor {unused[0]!r}",

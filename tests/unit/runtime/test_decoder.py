@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_graphs as tiny
 
+from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.errors import BundleError, SessionError
 from edgeadapt.runtime import open_session
 
@@ -442,6 +443,35 @@ def test_evicting_reads_the_file_again(decoder, session):
     session.evict("a")
     session.use("a")
     assert session._residents._ready["a"] is not resident
+
+
+def test_a_swap_leaves_nothing_of_the_adapter_before(decoder):
+    """Also where the next one sets fewer inputs: what is bound cannot be unbound."""
+    whole = open_bundle(decoder[0]).adapter_tensors("a")
+    few = dict(list(whole.items())[:2])
+    ids = {"input_ids": [[1, 2, 3]]}
+    expected = {}
+    for name, tensors in (("whole", whole), ("few", few)):
+        with open_session(decoder[0], threads=1) as fresh:
+            fresh.lend(name, tensors)
+            fresh.use(name)
+            expected[name] = fresh.run(ids)["logits"]
+    with open_session(decoder[0], threads=1) as session:
+        session.lend("whole", whole)
+        session.lend("few", few)
+        for name in ("whole", "few", "whole", "b", "few", "b", "whole"):
+            session.use(name)
+            if name in expected:
+                np.testing.assert_array_equal(session.run(ids)["logits"], expected[name])
+
+
+def test_a_swap_between_equal_adapters_keeps_the_binding(decoder, session):
+    session.use("a")
+    binding = session._bindings["decoder"]
+    session.use("b")
+    assert session._bindings["decoder"] is binding
+    session.use(None)
+    assert session._bindings["decoder"] is not binding
 
 
 def test_a_closed_session_says_so(decoder):
