@@ -24,9 +24,10 @@ from edgeadapt.bundle.base import base_fingerprint, base_modules
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, Manifest, Pruning
 from edgeadapt.bundle.names import check_adapter_name
-from edgeadapt.errors import AdapterError, RecipeError
+from edgeadapt.errors import AdapterError, QuantizeError, RecipeError
 from edgeadapt.fields import to_mapping
 from edgeadapt.files import require_free_space, staged_directory
+from edgeadapt.patching import make_patch, variants_of
 from edgeadapt.progress import SILENT, Progress
 from edgeadapt.quality.calibration import Calibration, built_in, check_adapters, read_calibration, samples_of, split
 from edgeadapt.recipe import Recipe
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from edgeadapt.export.graph import Graph
     from edgeadapt.merging.base_model import BaseModel
     from edgeadapt.merging.originals import LazyOutputs
+    from edgeadapt.quality.quality import QualityRow
     from edgeadapt.quantize.pack import Packed
+    from edgeadapt.quantize.patch import Variant
 
 Array = NDArray[Any]
 OPSET = 21
@@ -49,6 +52,8 @@ PARITY_TOLERANCE = 1e-4
 MERGE_TOLERANCE = 1e-4
 TOKENS_PER_TEXT = 64
 CALIBRATION_TOKENS_PER_TEXT = 512
+CASES_WEIGHED = 32
+"""Samples that tell how much each layer matters: an average over a thousand tokens or two is steady enough."""
 _OLDER_MAP = "special_tokens_map.json"
 
 
@@ -91,14 +96,29 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
                 with progress.stage("prune adapters"):
                     job = _pruned(job, session, recipe.prune_kl, progress)
         with progress.stage(f"quantize {recipe.quantize}"):
-            graph, record = quantize(graph, recipe.quantize, keep=recipe.keep, moments=_moments(job), progress=progress)
+            moments = _moments(job)
+            variants = variants_of(job.base, job.swappable) if recipe.patches else []
+            raised = _mix(job, graph, moments, folder / ".trial", progress)
+            graph, record = quantize(
+                graph,
+                recipe.quantize,
+                keep=recipe.keep,
+                moments=moments,
+                raised=raised,
+                variants=variants,
+                progress=progress,
+            )
         with progress.stage("write"):
+            kept = _copy(graph)
             draft = _write_base(job, graph, record, folder)
         with _session(job, draft, folder) as session:
             with progress.stage("measure quality"):
                 quality = _measure_quality(job, session, progress)
             with progress.stage("write adapters"):
                 adapters_written = _write_adapters(job, session, folder)
+        if variants:
+            with progress.stage("make patches"):
+                quality += _write_patches(job, draft, kept, variants, folder, progress)
         bundles.write_manifest(
             folder, dataclasses.replace(draft, adapters=adapters_written, parity=parity, quality=quality)
         )
@@ -263,13 +283,17 @@ def _arrays(cases: Sequence[Mapping[str, torch.Tensor]]) -> list[dict[str, Array
     return [{name: tensor.numpy() for name, tensor in case.items()} for case in cases]
 
 
+def _copy(graph: Graph) -> Graph:
+    """Return a copy that can be packed; it shares the weights."""
+    return dataclasses.replace(graph, models={role: model.clone() for role, model in graph.models.items()})
+
+
 @contextmanager
 def _draft_session(job: _Job, graph: Graph, folder: Path) -> Iterator[Session]:
     """Write the unquantized graph, taking adapters as they are, and yield a session over it until it is removed."""
     if not job.recipe.merge:
         job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, adapter_dtype="float32"))
-    copy = dataclasses.replace(graph, models={role: model.clone() for role, model in graph.models.items()})
-    draft = _write_base(job, copy, {"scheme": "none"}, folder)
+    draft = _write_base(job, _copy(graph), {"scheme": "none"}, folder)
     try:
         with _session(job, draft, folder, keep_graphs=False) as session:
             yield session
@@ -323,25 +347,67 @@ def _session(job: _Job, draft: Manifest, folder: Path, *, keep_graphs: bool = Tr
 
 
 def _moments(job: _Job) -> Mapping[str, Array] | None:
-    """Return second moments of the modules' inputs on the user's samples, None where the scheme does not need them.
-
-    Of what the base and every adapter do with the samples: the weights serve them all.
-    """
+    """Return second moments of the modules' inputs on the user's samples, None where the scheme does not need them."""
     if not job.calibrates:
         return None
     from edgeadapt.export.activations import collect_moments
+
+    cases, adapted = _calibration_runs(job, CALIBRATION_TOKENS_PER_TEXT)
+    return collect_moments(job.base, cases, adapted=adapted)
+
+
+def _calibration_runs(
+    job: _Job, tokens_per_text: int
+) -> tuple[list[dict[str, torch.Tensor]], list[tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]]]:
+    """Return what the base runs on, and each adapter with what it runs on: the weights serve them all."""
     from edgeadapt.merging.reference import adapted_module
 
-    samples = split(job.samples)[0]
-    adapters = () if job.recipe.merge else job.adapters
+    samples = split(job.samples)[0] if job.calibrates else job.samples
+    if job.recipe.merge:
+        return _cases(job, samples_of(samples, job.adapters[0].name), tokens_per_text), []
     adapted = [
-        (adapted_module(job.base, adapter), _cases(job, samples_of(samples, adapter.name), CALIBRATION_TOKENS_PER_TEXT))
-        for adapter in adapters
+        (adapted_module(job.base, adapter), _cases(job, samples_of(samples, adapter.name), tokens_per_text))
+        for adapter in job.adapters
     ]
-    own = job.adapters[0].name if job.recipe.merge else None
-    return collect_moments(
-        job.base, _cases(job, samples_of(samples, own), CALIBRATION_TOKENS_PER_TEXT), adapted=adapted
-    )
+    return _cases(job, samples_of(samples, None), tokens_per_text), adapted
+
+
+def _mix(
+    job: _Job, graph: Graph, moments: Mapping[str, Array] | None, folder: Path, progress: Progress
+) -> frozenset[str]:
+    """Return the paths of the modules that get 8 bits where int4 gives 4, as `max_bytes` and `max_kl` ask for.
+
+    Raises:
+        QuantizeError: naming the best that there is, if the limits cannot be kept.
+    """
+    recipe = job.recipe
+    if recipe.quantize != "int4" or (recipe.max_bytes is None and recipe.max_kl is None):
+        return frozenset()
+    from edgeadapt.export.importance import collect_importance
+    from edgeadapt.quality.fit import fit
+    from edgeadapt.quantize.mixed import rank_groups
+    from edgeadapt.quantize.quantize import quantize
+
+    with progress.stage("weigh layers"):
+        cases, adapted = _calibration_runs(job, TOKENS_PER_TEXT)
+        few = [(module, own[:CASES_WEIGHED]) for module, own in adapted]
+        importance = collect_importance(job.base, cases[:CASES_WEIGHED], adapted=few)
+    mix = rank_groups(graph, importance, keep=recipe.keep, moments=moments, progress=progress)
+
+    def measure(count: int) -> float:
+        trial, record = quantize(
+            graph, "int4", keep=recipe.keep, moments=moments, raised=mix.raised(count), progress=progress
+        )
+        try:
+            draft = _write_base(job, trial, record, folder)
+            with _session(job, draft, folder, keep_graphs=False) as session:
+                worst = max((row.mean_kl or 0.0 for row in _quality_rows(job, session)), default=0.0)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        progress.note(f"{count} of {len(mix.groups)} groups in 8 bits: {mix.bytes(count)} bytes, mean KL {worst:.4g}")
+        return worst
+
+    return mix.raised(fit(mix, max_bytes=recipe.max_bytes, max_kl=recipe.max_kl, measure=measure))
 
 
 def _cases(job: _Job, samples: Calibration, tokens_per_text: int) -> list[dict[str, torch.Tensor]]:
@@ -378,6 +444,34 @@ def _write_adapters(job: _Job, session: Session, folder: Path) -> dict[str, Adap
         )
         for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
     }
+
+
+def _write_patches(
+    job: _Job, draft: Manifest, graph: Graph, variants: Sequence[Variant], folder: Path, progress: Progress
+) -> tuple[dict[str, Any], ...]:
+    """Write the patches of the adapters that can have one, and return the quality of their promoted form.
+
+    Raises:
+        QuantizeError: if no adapter can have one, or the gate's limits are broken.
+    """
+    rows: list[QualityRow] = []
+    promoted = folder / ".promoted"
+    for variant in variants:
+        data = make_patch(draft, folder, graph, variant, job.base.modules, promoted)
+        if data is None:
+            progress.note(f"{variant.name} has no patch and cannot be promoted: {variant.problem}")
+            continue
+        try:
+            bundles.write_patch(folder, variant.name, data)
+            with open_session(promoted) as session:
+                found = _quality_rows(job, session, only=variant.name)
+        finally:
+            shutil.rmtree(promoted)
+        rows += [dataclasses.replace(row, promoted=True) for row in found]
+    problems = [f"{variant.name}: {variant.problem}" for variant in variants if variant.problem is not None]
+    if len(problems) == len(variants):
+        raise QuantizeError(f"no adapter can have a patch: {'; '.join(problems)}", hint="leave patches out")
+    return _judged(job, rows, progress)
 
 
 def _manifest(job: _Job, packed: Packed, graph: Graph, quantization: Mapping[str, Any]) -> Manifest:
@@ -433,28 +527,46 @@ def _measured(job: _Job) -> list[tuple[tuple[str | None, ...], Calibration]]:
     return [((name,), samples_of(samples, name or merged)) for name in names]
 
 
+def _quality_rows(job: _Job, session: Session, *, only: str | None = None) -> list[QualityRow]:
+    """Return the quality table of a written base, or of one adapter merged into it."""
+    from edgeadapt.quality.quality import measure_quality
+
+    class_names = {
+        resolved.name: adapter_record(adapter, resolved).labels
+        for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
+    }
+    rows: list[QualityRow] = []
+    for every, samples in _measured(job):
+        names = every if only is None else tuple(name for name in every if name == only)
+        if not names:
+            continue
+        cases = _cases(job, samples, TOKENS_PER_TEXT)
+        originals = {name: outputs for name, outputs in _originals(job, cases).items() if name in names}
+        labels = None if samples.adapters and names == (None,) and not job.recipe.merge else samples.labels
+        rows += measure_quality(
+            session, _arrays(cases), originals, job.recipe.quantize, labels=labels, class_names=class_names
+        )
+    return rows
+
+
 def _measure_quality(job: _Job, session: Session, progress: Progress) -> tuple[dict[str, Any], ...]:
     """Compare the written bundle with torch on the samples; note a ruined model; apply the gate.
 
     Raises:
         QuantizeError: if the gate's limits are broken.
     """
+    return _judged(job, _quality_rows(job, session), progress)
+
+
+def _judged(job: _Job, rows: Sequence[QualityRow], progress: Progress) -> tuple[dict[str, Any], ...]:
+    """Note a ruined model, apply the gate, and return the rows as the manifest holds them.
+
+    Raises:
+        QuantizeError: if the gate's limits are broken.
+    """
     from edgeadapt.quality.gate import gate, verdict
-    from edgeadapt.quality.quality import QualityRow, measure_quality
 
     recipe = job.recipe
-    class_names = {
-        resolved.name: adapter_record(adapter, resolved).labels
-        for adapter, resolved in zip(job.adapters, job.swappable, strict=False)
-    }
-    rows: list[QualityRow] = []
-    for names, samples in _measured(job):
-        cases = _cases(job, samples, TOKENS_PER_TEXT)
-        originals = {name: outputs for name, outputs in _originals(job, cases).items() if name in names}
-        labels = None if samples.adapters and names == (None,) and not recipe.merge else samples.labels
-        rows += measure_quality(
-            session, _arrays(cases), originals, recipe.quantize, labels=labels, class_names=class_names
-        )
     sentence = verdict(rows, calibrated=job.calibrates)
     if sentence is not None:
         progress.note(sentence)

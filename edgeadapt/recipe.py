@@ -29,12 +29,16 @@ class Recipe:
     quantize: a scheme's file name in edgeadapt/quantize/schemes
     keep: exceptions: pattern of module paths ("*.down_proj") to scheme
     calibrate: a file of samples for schemes that measure activations, and for the quality table
+    max_bytes: the most that the base's weights may take; int4 gives 8 bits to as many of its most sensitive layers as
+        fit (or as few as max_kl asks for); None for no limit
     max_kl, min_top1: the quality gate: the largest mean KL divergence (nats) from the float model, and the smallest
-        share of equal top-1 answers (0 to 1); None for no gate
+        share of equal top-1 answers (0 to 1); None for no gate. int4 gives 8 bits to layers until max_kl is kept
     prune_kl: leave out ranks and sites of each adapter as long as its answers differ from the whole adapter's by no
         more than this mean KL divergence (nats, on the samples, before quantizing); None leaves nothing out
     adapter_dtype: how adapters are stored (edgeadapt/bundle/stored.py); None for float32 where nothing is quantized,
         else float16
+    patches: write for each adapter what it changes in the quantized weights when merged, so that devices can promote it
+        to a model of its own at no cost per token
     max_length: the longest sequence in tokens, None for what the model was trained for
     force: replace an existing bundle
     """
@@ -50,10 +54,12 @@ class Recipe:
     quantize: str = "int8"
     keep: Mapping[str, str] = field(default_factory=dict)
     calibrate: Path | None = None
+    max_bytes: int | None = None
     max_kl: float | None = None
     min_top1: float | None = None
     prune_kl: float | None = None
     adapter_dtype: Literal["float32", "float16", "int8"] | None = None
+    patches: bool = False
     max_length: int | None = None
     force: bool = False
 
@@ -68,6 +74,7 @@ class Recipe:
         _check_schemes(self)
         _check_gate(self)
         _check_adapter_settings(self)
+        _check_patches(self)
 
 
 def read_recipe(name: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -152,7 +159,24 @@ def _check_adapter_settings(recipe: Recipe) -> None:
         raise RecipeError(f"prune_kl must be above 0, got {recipe.prune_kl}", hint="0.001 is strict, 0.01 is loose")
 
 
+def _check_patches(recipe: Recipe) -> None:
+    if recipe.patches and recipe.merge:
+        raise RecipeError("patches are for adapters that swap, and merge is set", hint="leave out merge or patches")
+    if recipe.patches and recipe.quantize in {"none", "fp16"}:
+        raise RecipeError(
+            f"patches change codes of quantized weights, and quantize is {recipe.quantize!r}",
+            hint="set quantize to int8 or int4, or leave patches out",
+        )
+
+
 def _check_gate(recipe: Recipe) -> None:
+    if recipe.max_bytes is not None and recipe.quantize != "int4":
+        raise RecipeError(
+            f"max_bytes is {recipe.max_bytes}, and quantize is {recipe.quantize!r}",
+            hint="only int4 trades bytes for quality: set quantize to int4, or leave max_bytes out",
+        )
+    if recipe.max_bytes is not None and recipe.max_bytes < 1:
+        raise RecipeError(f"max_bytes must be at least 1, got {recipe.max_bytes}", hint="70000000 is 70 MB")
     if recipe.max_kl is not None and recipe.max_kl < 0:
         raise RecipeError(f"max_kl must be 0 or more, got {recipe.max_kl}", hint="0.02 is strict, 0.1 is loose")
     if recipe.min_top1 is not None and not 0 <= recipe.min_top1 <= 1:

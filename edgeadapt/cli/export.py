@@ -50,8 +50,16 @@ def export(
     calibrate: Annotated[
         Path | None, typer.Option("--calibrate", metavar="FILE", help="Samples for calibration and the quality table.")
     ] = None,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option("--max-bytes", metavar="BYTES", help="int4: as many layers in 8 bits as the weights may take."),
+    ] = None,
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", help="Fail if the mean KL divergence (nats) from torch is larger.")
+        float | None,
+        typer.Option(
+            "--max-kl",
+            help="The largest mean KL divergence (nats) from torch; int4 raises layers to 8 bits for it.",
+        ),
     ] = None,
     min_top1: Annotated[
         float | None, typer.Option("--min-top1", help="Fail if fewer top-1 answers (0 to 1) agree with torch.")
@@ -63,6 +71,10 @@ def export(
     adapter_dtype: Annotated[
         Literal["float32", "float16", "int8"] | None,
         typer.Option("--adapter-dtype", help="How adapters are stored.", show_default="float16 if quantized"),
+    ] = None,
+    patches: Annotated[
+        bool | None,
+        typer.Option("--patches/--no-patches", help="Let devices promote each adapter to weights of its own."),
     ] = None,
     max_length: Annotated[
         int | None, typer.Option("--max-length", help="The longest sequence, in tokens.", show_default="the model's")
@@ -90,10 +102,12 @@ def export(
         quantize=quantize,
         keep=read_pairs("--keep", keep or [], "PATTERN=SCHEME"),
         calibrate=None if calibrate is None else str(calibrate),
+        max_bytes=max_bytes,
         max_kl=max_kl,
         min_top1=min_top1,
         prune_kl=prune_kl,
         adapter_dtype=adapter_dtype,
+        patches=patches,
         max_length=max_length,
         force=force,
     )

@@ -78,7 +78,7 @@ def collect_moments(
         if module.type in ("linear", "conv1d") and module.in_features <= LARGEST_INPUT
     }
     models = [(module, own) for module, own in ((base.module, cases), *adapted) if own]
-    runs = [_Run(module, own, _layers(module, tuple(widths))) for module, own in models]
+    runs = [_Run(module, own, layers_at(module, tuple(widths))) for module, own in models]
     return Moments(runs, widths, bytes_at_once)
 
 
@@ -91,7 +91,7 @@ class _Run:
     layers: Mapping[str, torch.nn.Module]
 
 
-def _layers(module: torch.nn.Module, paths: Sequence[str]) -> dict[str, torch.nn.Module]:
+def layers_at(module: torch.nn.Module, paths: Sequence[str]) -> dict[str, torch.nn.Module]:
     """Return the modules at `paths`, behind the prefix that an adapter's library puts before all of them."""
     named = dict(module.named_modules())
     ends = [name for name in named if paths and f".{name}".endswith(f".{paths[0]}")]

@@ -6,6 +6,7 @@ GatherBlockQuantized: codes uint8[out, blocks, block_size], two 4-bit codes a by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,14 @@ def pack(codes: Codes, bits: int) -> Codes:
 def block_count(in_features: int, block_size: int) -> int:
     """Return how many blocks a row of `in_features` weights has."""
     return -(-in_features // block_size)
+
+
+def stored_bytes(shape: Sequence[int], bits: int, block_size: int, *, symmetric: bool) -> int:
+    """Return what a file holds for a matrix [out, in] in blocks: codes, float32 scales, zero points."""
+    rows, width = shape
+    blocks = block_count(width, block_size)
+    zeros = 0 if symmetric else rows * -(-blocks * bits // 8)
+    return rows * blocks * (block_size * bits // 8 + 4) + zeros
 
 
 def in_groups(matrix: Float, block_size: int) -> Float:

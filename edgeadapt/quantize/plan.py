@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
@@ -12,6 +12,8 @@ from edgeadapt import registry
 from edgeadapt.errors import QuantizeError
 from edgeadapt.quantize.scheme import SCHEMES, Scheme
 from edgeadapt.quantize.weights import Weight
+
+RAISED = "raised to 8 bits"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,16 @@ def load_scheme(name: str) -> Scheme:
     return cast("Scheme", registry.load(SCHEMES, name, QuantizeError))
 
 
-def choose_schemes(weights: Mapping[str, Sequence[Weight]], scheme: str, keep: Mapping[str, str]) -> tuple[Choice, ...]:
+def choose_schemes(
+    weights: Mapping[str, Sequence[Weight]], scheme: str, keep: Mapping[str, str], raised: Collection[str] = ()
+) -> tuple[Choice, ...]:
     """Return the scheme of every weight.
 
     Args:
         weights: by graph role.
         scheme: for the whole model.
         keep: schemes by glob pattern of module paths; the first pattern that matches a path decides.
+        raised: module paths that get 8 bits where they would have 4.
 
     Raises:
         QuantizeError: for an unknown scheme, a pattern that matches nothing, or one that asks for the impossible.
@@ -48,16 +53,18 @@ def choose_schemes(weights: Mapping[str, Sequence[Weight]], scheme: str, keep: M
     exceptions = {pattern: load_scheme(name) for pattern, name in keep.items()}
     every = [(role, weight) for role, found in weights.items() for weight in found]
     _check_patterns(keep, exceptions, [weight for _, weight in every])
-    return tuple(_choose(role, weight, usual, keep) for role, weight in every)
+    return tuple(_choose(role, weight, usual, keep, raised) for role, weight in every)
 
 
-def _choose(role: str, weight: Weight, usual: Scheme, keep: Mapping[str, str]) -> Choice:
+def _choose(role: str, weight: Weight, usual: Scheme, keep: Mapping[str, str], raised: Collection[str]) -> Choice:
     if weight.refusal is not None:
         return Choice(role, weight, "none", weight.refusal)
     pattern = next((p for p in keep if fnmatchcase(weight.path, p)), None)
     if pattern is not None:
         return Choice(role, weight, keep[pattern], f"kept by {pattern!r}")
     name, reason = usual.usual(weight)
+    if name == "int4" and weight.path in raised:
+        return Choice(role, weight, "int8", RAISED)
     refusal = load_scheme(name).refuses(weight)
     return Choice(role, weight, name, reason) if refusal is None else Choice(role, weight, "none", refusal)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -48,6 +48,7 @@ def quantize(
     keep: Mapping[str, str] | None = None,
     moments: Moments | None = None,
     block_size: int | None = None,
+    raised: Collection[str] = (),
     variants: Sequence[Variant] = (),
     progress: Progress = SILENT,
 ) -> tuple[Graph, dict[str, Any]]:
@@ -64,6 +65,7 @@ def quantize(
         moments: by module path, float32[in, in]: the mean of x x^T over the calibration texts' inputs x of a linear
             layer. With them int4 rounds with error feedback; the record counts how many layers used theirs.
         block_size: weights that share a scale: 16, 32, 64, 128 or 256; None for the scheme's own.
+        raised: module paths that get 8 bits where the scheme would give them 4 (`quantize.mixed`).
         variants: adapters whose merged weights are to be rounded on the same grid; filled.
         progress: told of each weight.
 
@@ -81,7 +83,7 @@ def quantize(
     for model in models.values():
         retie(model)
     weights = {role: find_weights(model) for role, model in models.items()}
-    choices = choose_schemes(weights, scheme, keep or {})
+    choices = choose_schemes(weights, scheme, keep or {}, raised)
     _check_work(scheme, keep or {}, choices)
     with progress.stage(f"quantize to {scheme}"):
         entries = _apply(choices, moments or {}, size, variants, progress)

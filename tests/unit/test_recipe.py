@@ -43,6 +43,16 @@ def test_defaults():
             "set quantize, or leave keep out",
         ),
         ({"max_kl": -0.1}, "max_kl must be 0 or more, got -0.1", "0.02 is strict, 0.1 is loose"),
+        (
+            {"max_bytes": 70_000_000},
+            "max_bytes is 70000000, and quantize is 'int8'",
+            "only int4 trades bytes for quality: set quantize to int4, or leave max_bytes out",
+        ),
+        (
+            {"max_bytes": 0, "quantize": "int4"},
+            "max_bytes must be at least 1, got 0",
+            "70000000 is 70 MB",
+        ),
         ({"min_top1": 95}, "min_top1 must be between 0 and 1, got 95.0", "0.95 means 95 %"),
         ({"prune_kl": 0}, "prune_kl must be above 0, got 0.0", "0.001 is strict, 0.01 is loose"),
         (

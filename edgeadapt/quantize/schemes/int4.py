@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeadapt.quantize.blocks import round_to_nearest
+from edgeadapt.quantize.blocks import Blocks, round_to_nearest
 from edgeadapt.quantize.gptq import Inverse, invert, round_on_grid, round_with_feedback
 from edgeadapt.quantize.rewrite import use_blocks
 from edgeadapt.quantize.scheme import Settings, Stored
@@ -47,13 +47,17 @@ def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     """Store the matrix in 4 bits, with error feedback where calibration moments are at hand."""
     matrix = uses[0].matrix()
     inverse = None if settings.moment is None else _inverse(settings.moment, settings.memory)
-    if inverse is None:
-        blocks = round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
-    else:
-        blocks = round_with_feedback(matrix, inverse, 4, settings.block_size)
+    blocks = rounded(matrix, settings)
     stored = use_blocks(uses, blocks)
     rounding = "nearest" if inverse is None else "feedback"
     return Stored(stored.bytes, rounding, lambda other: stored.codes(round_on_grid(other, blocks, inverse)))
+
+
+def rounded(matrix: NDArray[np.float32], settings: Settings) -> Blocks:
+    """Return `matrix` float32[out, in] in 4 bits, with error feedback where there are moments."""
+    if settings.moment is None:
+        return round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
+    return round_with_feedback(matrix, _inverse(settings.moment, settings.memory), 4, settings.block_size)
 
 
 def _inverse(moment: NDArray[np.float32], memory: dict[str, Any]) -> Inverse:

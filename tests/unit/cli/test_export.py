@@ -29,7 +29,7 @@ def test_every_flag_reaches_the_recipe(invoke, asked):
     result = invoke(
         "export", "a b", "c", "--base", "hub/base", "-o", "out.bundle", "--name", "x", "--name", "y", "--task", "t",
         "--revision", "abc", "--quantize", "int4", "--keep", "*.down_proj=int8", "--keep", "a=b=none",
-        "--calibrate", "text.txt", "--max-kl", "0.1", "--min-top1", "0.9", "--prune-kl", "0.01", "--adapter-dtype",
+        "--calibrate", "text.txt", "--max-bytes", "70000000", "--max-kl", "0.1", "--min-top1", "0.9", "--prune-kl", "0.01", "--adapter-dtype",
         "int8", "--max-length", "512", "--force",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
@@ -44,6 +44,7 @@ def test_every_flag_reaches_the_recipe(invoke, asked):
             quantize="int4",
             keep={"*.down_proj": "int8", "a=b": "none"},
             calibrate=Path("text.txt"),
+            max_bytes=70_000_000,
             max_kl=0.1,
             min_top1=0.9,
             prune_kl=0.01,

@@ -78,6 +78,6 @@ def test_little_memory_costs_more_runs_and_gives_the_same() -> None:
     base.module.register_forward_pre_hook(lambda *_: runs.append(1))
     bit_by_bit = collect_moments(base, [{"x": x}, {"x": x}], bytes_at_once=1)
 
-    for path in at_once:
-        np.testing.assert_allclose(bit_by_bit[path], at_once[path], rtol=1e-6)
+    for path, moment in at_once.items():
+        np.testing.assert_allclose(bit_by_bit[path], moment, rtol=1e-6)
     assert len(runs) == 1 + 2 * 2  # to see what shares an input, then two cases for each of two inputs
