@@ -238,20 +238,21 @@ without it."""
 _SPEED = """KL (nats) and top-1 are against PEFT in torch, float32, teacher-forced on held-out text (prose; with an
 adapter its task's chats too); *greedy* is how many of 128 free-running tokens are PEFT's before the first other one.
 OpenVINO GenAI gives no logits: KL without an adapter is OpenVINO's own from the same file, top-1 with an adapter is of
-tokens asked one by one. llama.cpp's Q4_1 is the very file that the reference was dequantized from, which flatters its KL. ONNX Runtime
-GenAI's adapter is its graph edited by hand (`benchmarks/genai_slots.py`): it has no route of its own to a float LoRA
-that can be swapped."""
+tokens asked one by one. llama.cpp's Q4_1 is the very file that the reference was dequantized from, which flatters its
+KL. ONNX Runtime GenAI's adapter is its graph edited by hand (`benchmarks/genai_slots.py`): it has no route of its own
+to a float LoRA that can be swapped."""
 _SWAPS = """*ready*: from the call to when the next prompt may be read, where the engine switches in a call of its own.
 *first token later*: how much longer a prompt of 16 tokens takes to its first token with a swap before it than without.
 *from disk*: the adapter was dropped before. optimum's swap loads another whole model."""
 _MEMORY = """Medians of fresh processes, files in the page cache; memory from `/proc/PID/smaps_rollup`, read by the
-parent. RSS counts shared pages whole, PSS divides them by the processes that share them (files mapped by one process alone count
-whole). *loaded*: before the first token; *used*: after 128 tokens of prompt and 16 decoded."""
+parent. RSS counts shared pages whole, PSS divides them by the processes that share them (files mapped by one process
+alone count whole). *loaded*: before the first token; *used*: after 128 tokens of prompt and 16 decoded."""
 _SEVERAL = """The sum of the proportional memory (PSS) of 1, 2 and 4 processes that hold the same model with an adapter
 and have used it."""
 _MADE = """From the base to files that the engine opens, with two adapters of rank 16: the whole process tree's CPU
-seconds and the largest process's peak memory. edgeadapt's export includes its comparison with torch and its quality table. The
-adapters' training, the float32 checkpoint that the peers start from, and building llama.cpp are not counted."""
+seconds and the largest process's peak memory. edgeadapt's export includes its comparison with torch and its quality
+table. The adapters' training, the float32 checkpoint that the peers start from, and building llama.cpp are not
+counted."""
 _TAIL = """## More
 
 - [Architectures](benchmarks/architectures.md): parity in float32 of every supported architecture.

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def make_model(
         "adapters": material.adapters,
         "folder": str(folder),
     }
-    answer, cost = _one_request(python, engine, request, work)
+    answer, cost = _one_request(python, engine, request)
     if "error" in answer:
         shutil.rmtree(folder, ignore_errors=True)
         raise PrepareError(answer["error"])
@@ -135,41 +136,43 @@ def _digest(files: Iterable[Path], text: str) -> str:
     return found.hexdigest()
 
 
-def _one_request(
-    python: Path, engine: str, request: dict[str, Any], work: Path
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Ask a child once; its answer, and wall seconds, CPU seconds and peak memory of it and what it started."""
-    command = [str(python), str(HERE / "child.py"), str(HERE / "engines" / f"{engine}.py")]
-    (work / "logs").mkdir(parents=True, exist_ok=True)
-    with (work / "logs" / f"prepare-{engine}-{request['configuration']}.log").open("w") as log:
+def measured_run(command: list[str], told: str = "") -> tuple[int, dict[str, float], str, str]:
+    """Run a program to its end: exit status, what it cost, its output, its error output.
+
+    The cost is wall seconds, CPU seconds of it and all that it started and waited for, and the peak memory of the
+    largest of these processes.
+    """
+    # Nothing here is timed against a peer; torch's threads shall not spin while others work.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with tempfile.TemporaryFile("w+") as into, tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        into.write(told)
+        into.seek(0)
         started = time.perf_counter()
-        # Nothing here is timed against a peer; torch's threads shall not spin while others work.
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.close()
-        line = process.stdout.readline()
-        process.stdout.close()
+        process = subprocess.Popen(command, stdin=into, stdout=out, stderr=err, text=True, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-    answer = json.loads(line) if line else {"error": f"ended with {process.returncode}"}
-    return answer, {
-        "wall_s": time.perf_counter() - started,
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "peak_bytes": usage.ru_maxrss * 1024,
-    }
+        cost = {
+            "wall_s": time.perf_counter() - started,
+            "cpu_s": usage.ru_utime + usage.ru_stime,
+            "peak_bytes": usage.ru_maxrss * 1024,
+        }
+        for file in (out, err):
+            file.seek(0)
+        return process.returncode, cost, out.read(), err.read()
+
+
+def _one_request(python: Path, engine: str, request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Ask a child once; its answer and what it cost."""
+    command = [str(python), str(HERE / "child.py"), str(HERE / "engines" / f"{engine}.py")]
+    status, cost, out, err = measured_run(command, json.dumps(request) + "\n")
+    answer = json.loads(out) if out else {"error": f"ended with {status}: {err.strip()[-1500:]}"}
+    return answer, cost
 
 
 def _python(program: str, *arguments: str) -> None:
-    command = [sys.executable, str(HERE / program), *arguments]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise PrepareError(f"{Path(program).name}: {done.stderr.strip()[-1500:]}")
+    status, _, _, err = measured_run([sys.executable, str(HERE / program), *arguments])
+    if status:
+        raise PrepareError(f"{Path(program).name}: {err.strip()[-1500:]}")
 
 
 def _atomically(target: Path, make: Callable[[Path], None]) -> None:

@@ -49,7 +49,7 @@ class Side:
 
     def launch(self, logs: Path) -> None:
         """Start the process; nothing is loaded yet."""
-        command = [str(self.python), str(HERE / "child.py"), str(HERE / "engines" / f"{self.engine}.py")]
+        command = [str(self.python), str(HERE / "child.py"), str(self.module.__file__)]
         # Every engine runs with its own defaults, so nothing of the caller's tuning may reach it.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
         logs.mkdir(parents=True, exist_ok=True)

@@ -12,16 +12,20 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-CHILD = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from child import serve
+ENGINE = """
+MODULES, VERSIONS, SWITCHES_AT_ONCE, WHOLE, EVERY = (), (), True, False, 1
 
-def double(x):
-    print("a library prints this")
-    return {"y": 2 * x}
-
-serve({"double": double})
+class Engine:
+    def __init__(self, configuration, folder, threads, adapters):
+        self.adapters = adapters
+    def use(self, adapter):
+        if adapter is not None and adapter not in self.adapters:
+            raise KeyError(adapter)
+    def prefill(self, ids, room):
+        print("a library prints this")
+        return sum(ids)
+    def decode(self, count):
+        return list(range(count))
 """
 
 
@@ -34,21 +38,30 @@ def load(root: Path, name: str) -> ModuleType:
     return module
 
 
-def test_a_child_answers_each_line_and_survives_a_failure(root: Path) -> None:
-    requests = [{"do": "double", "x": 4}, {"do": "double"}, {"do": "halve", "x": 1}, {"do": "double", "x": 1}]
+def test_a_child_answers_each_line_and_survives_a_failure(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "numpy.py").write_text(ENGINE)  # the name of a package, as engines/openvino.py has
+    requests = [
+        {"do": "load", "configuration": "c", "folder": "f", "threads": 1, "adapters": {"a": "x"}},
+        {"do": "prefill", "adapter": "a", "ids": [1, 2], "room": 0},
+        {"do": "prefill", "adapter": "b", "ids": [1, 2], "room": 0},
+        {"do": "halve"},
+        {"do": "decode", "adapter": None, "count": 2},
+        {"do": "logits", "adapter": None, "ids": [1], "path": "p"},
+    ]
     done = subprocess.run(
-        [sys.executable, "-c", CHILD, str(root / "benchmarks")],
+        [sys.executable, str(root / "benchmarks" / "child.py"), str(tmp_path / "numpy.py")],
         input="".join(json.dumps(request) + "\n" for request in requests),
         capture_output=True,
         text=True,
         check=True,
     )
-    assert [json.loads(line) for line in done.stdout.splitlines()] == [
-        {"y": 8},
-        {"error": "TypeError: double() missing 1 required positional argument: 'x'"},
-        {"error": "KeyError: 'halve'"},
-        {"y": 2},
-    ]
+    loaded, read, unknown, halved, decoded, logits = (json.loads(line) for line in done.stdout.splitlines())
+    assert {"import_s", "load_s", "versions"} == loaded.keys()
+    assert read["token"] == 3
+    assert unknown == {"error": "KeyError: 'b'"}
+    assert halved == {"error": "KeyError: 'halve'"}
+    assert decoded["tokens"] == [0, 0, 1]  # one untimed, two timed
+    assert logits == {"error": "AttributeError: 'Engine' object has no attribute 'logits'"}  # numpy was found
     assert "a library prints this" in done.stderr
 
 
@@ -62,9 +75,19 @@ def test_ratios_are_of_pairs_not_of_medians(root: Path) -> None:
         "max": 8.0,
         "n": 5,
     }
-    # Both sides slow down together in round two: the ratio does not move.
-    assert statistics_of.ratio_summary([4.0, 2.0, 8.0], [2.0, 1.0, 4.0])["min"] == 2.0
-    assert statistics_of.ratio_summary([4.0, 2.0, 8.0], [2.0, 1.0, 4.0])["max"] == 2.0
+    # Both sides slow down together in round two: the ratio does not move. Round 4 has no partner.
+    found = statistics_of.ratio({1: 4.0, 2: 2.0, 3: 8.0, 4: 9.0}, {1: 2.0, 2: 1.0, 3: 4.0})
+    assert found == {"median": 2.0, "low": 2.0, "high": 2.0, "n": 3}
+    assert statistics_of.ratio({1: 1.0}, {2: 1.0}) is None
+    assert statistics_of.ratio({1: 3.0}, {1: 2.0}) == {"median": 1.5, "low": None, "high": None, "n": 1}
+
+
+def test_the_bootstrap_interval_holds_the_median_and_grows_with_the_spread(root: Path) -> None:
+    interval = load(root, "statistics_of").bootstrap_interval
+    narrow, wide = interval([0.99, 1.0, 1.0, 1.0, 1.01]), interval([0.5, 0.8, 1.0, 1.2, 1.5])
+    assert narrow[0] <= 1.0 <= narrow[1]
+    assert wide[0] < narrow[0] <= narrow[1] < wide[1]
+    assert interval([0.5, 0.8, 1.0, 1.2, 1.5]) == wide
 
 
 def test_packed_adapters_compute_what_the_separate_ones_do(root: Path) -> None:
