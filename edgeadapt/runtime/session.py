@@ -477,7 +477,7 @@ class Session:
         if self.share_weights:
             try:
                 path = prepacked_graph(self.bundle, name)
-                return open_graph(path, threads=self.threads, provider=self.provider, optimized=True)
+                return open_graph(path, threads=self.threads, provider=self.provider)
             except (FileError, SessionError) as error:
                 warnings.warn(f"weights are not shared: {error.message}; {error.hint}", stacklevel=2)
                 self.share_weights = False

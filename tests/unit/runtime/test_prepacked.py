@@ -255,7 +255,7 @@ def test_what_cannot_be_is_refused(decoder, monkeypatch):
 def test_a_cached_graph_opens_as_any_other(decoder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        graph = open_graph(prepacked_graph(open_bundle(decoder[0]), SLOTS), threads=1, optimized=True)
+        graph = open_graph(prepacked_graph(open_bundle(decoder[0]), SLOTS), threads=1)
     original = open_graph(open_bundle(decoder[0]).file(SLOTS), threads=1)
     assert graph.optional
     assert (graph.inputs, graph.optional, graph.outputs) == (original.inputs, original.optional, original.outputs)
