@@ -280,7 +280,7 @@ class OrtGraph:
         self._session.run_with_iobinding(io)
 
 
-def open_graph(path: Path, *, threads: int | None = None, provider: str = "cpu", optimized: bool = False) -> OrtGraph:
+def open_graph(path: Path, *, threads: int | None = None, provider: str = "cpu") -> OrtGraph:
     """Return the graph at `path`, opened for `provider` ("cpu" or "cuda").
 
     Args:
