@@ -24,10 +24,10 @@ from edgeadapt.bundle.base import base_fingerprint, base_modules
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, BaseRecord, Manifest, Pruning
 from edgeadapt.bundle.names import check_adapter_name
-from edgeadapt.errors import AdapterError, QuantizeError, RecipeError
+from edgeadapt.errors import AdapterError, RecipeError
 from edgeadapt.fields import to_mapping
 from edgeadapt.files import require_free_space, staged_directory
-from edgeadapt.patching import make_patch, variants_of
+from edgeadapt.patching import variants_of, write_patches
 from edgeadapt.progress import SILENT, Progress
 from edgeadapt.quality.calibration import Calibration, built_in, check_adapters, read_calibration, samples_of, split
 from edgeadapt.recipe import Recipe
@@ -109,7 +109,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
                 progress=progress,
             )
         with progress.stage("write"):
-            kept = _copy(graph)
+            kept = _copy(graph) if variants else graph
             draft = _write_base(job, graph, record, folder)
         with _session(job, draft, folder) as session:
             with progress.stage("measure quality"):
@@ -118,7 +118,9 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
                 adapters_written = _write_adapters(job, session, folder)
         if variants:
             with progress.stage("make patches"):
-                quality += _write_patches(job, draft, kept, variants, folder, progress)
+                quality += _write_patches(
+                    job, Bundle(folder, draft), kept, variants, quality=quality, progress=progress
+                )
         bundles.write_manifest(
             folder, dataclasses.replace(draft, adapters=adapters_written, parity=parity, quality=quality)
         )
@@ -447,30 +449,30 @@ def _write_adapters(job: _Job, session: Session, folder: Path) -> dict[str, Adap
 
 
 def _write_patches(
-    job: _Job, draft: Manifest, graph: Graph, variants: Sequence[Variant], folder: Path, progress: Progress
+    job: _Job,
+    bundle: Bundle,
+    graph: Graph,
+    variants: Sequence[Variant],
+    *,
+    quality: Sequence[Mapping[str, Any]],
+    progress: Progress,
 ) -> tuple[dict[str, Any], ...]:
     """Write the patches of the adapters that can have one, and return the quality of their promoted form.
 
     Raises:
         QuantizeError: if no adapter can have one, or the gate's limits are broken.
     """
-    rows: list[QualityRow] = []
-    promoted = folder / ".promoted"
-    for variant in variants:
-        data = make_patch(draft, folder, graph, variant, job.base.modules, promoted)
-        if data is None:
-            progress.note(f"{variant.name} has no patch and cannot be promoted: {variant.problem}")
-            continue
-        try:
-            bundles.write_patch(folder, variant.name, data)
-            with open_session(promoted) as session:
-                found = _quality_rows(job, session, only=variant.name)
-        finally:
-            shutil.rmtree(promoted)
-        rows += [dataclasses.replace(row, promoted=True) for row in found]
-    problems = [f"{variant.name}: {variant.problem}" for variant in variants if variant.problem is not None]
-    if len(problems) == len(variants):
-        raise QuantizeError(f"no adapter can have a patch: {'; '.join(problems)}", hint="leave patches out")
+    from edgeadapt.quality.quality import QualityRow
+
+    rows = write_patches(
+        bundle,
+        graph,
+        variants,
+        modules=job.base.modules,
+        quality=[QualityRow(**row) for row in quality],
+        measure=lambda promoted, name: _quality_rows(job, promoted, only=name),
+        progress=progress,
+    )
     return _judged(job, rows, progress)
 
 

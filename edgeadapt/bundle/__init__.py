@@ -6,7 +6,7 @@ from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle, open_bundle
 from edgeadapt.bundle.golden import Golden, check_golden, make_golden
 from edgeadapt.bundle.patch import Change, PatchWriter
-from edgeadapt.bundle.patch_files import patched_files, write_patch, write_patched
+from edgeadapt.bundle.patch_files import patched_contents, patched_files, write_patch, write_patched
 from edgeadapt.bundle.stored import as_stored
 from edgeadapt.bundle.verify import Finding, verify_files
 from edgeadapt.bundle.write import write_adapter, write_assets, write_manifest
@@ -26,6 +26,7 @@ __all__ = [
     "insert_adapter",
     "make_golden",
     "open_bundle",
+    "patched_contents",
     "patched_files",
     "remove_adapter",
     "verify_files",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +16,7 @@ from edgeadapt.bundle.golden import Golden, parse_golden
 from edgeadapt.bundle.manifest import AdapterRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import parse_onnx_adapter
-from edgeadapt.bundle.patch import Patch, Streams, parse_patch
+from edgeadapt.bundle.patch import Patch, parse_patch
 from edgeadapt.bundle.recover import recover
 from edgeadapt.bundle.rules import parse_manifest, patch_path
 from edgeadapt.bundle.stored import to_float32
@@ -126,18 +125,26 @@ class Bundle:
         self.adapter_record(name)
         return patch_path(name) in self.manifest.files
 
-    def patch(self, name: str) -> tuple[Patch, list[Iterator[Streams]]]:
-        """Return an adapter's patch: its header, and for each file the regions with their streams.
+    def patch_bytes(self, name: str) -> bytes:
+        """Return an adapter's patch as it lies in its file.
 
         Raises:
-            BundleError: if there is no such adapter, it has no patch, or the patch is damaged.
+            BundleError: if there is no such adapter, it has no patch, or the file is damaged.
         """
         if not self.has_patch(name):
             raise BundleError(
                 f"adapter {name!r} has no patch: only an export with --patches makes one, from the float base",
                 hint="export the bundle again with --patches, or use the adapter as it is",
             )
-        return parse_patch(self.read(patch_path(name)), str(self.path / patch_path(name)), self.manifest)
+        return self.read(patch_path(name))
+
+    def patch(self, name: str) -> Patch:
+        """Return the header of an adapter's patch: what it changes, and how large it could be at best.
+
+        Raises:
+            BundleError: if there is no such adapter, it has no patch, or the patch is damaged.
+        """
+        return parse_patch(self.patch_bytes(name), str(self.path / patch_path(name)), self.manifest)[0]
 
     def golden(self, name: str) -> Golden:
         """Return an adapter's golden.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.bundle import Bundle
-from edgeadapt.bundle.patch import REGION_BYTES, Streams, apply_region
+from edgeadapt.bundle.patch import REGION_BYTES, Streams, apply_region, parse_patch
 from edgeadapt.bundle.rules import patch_path
 from edgeadapt.errors import BundleError
 from edgeadapt.files import write_errors
@@ -74,10 +74,18 @@ def patched_files(bundle: Bundle, name: str) -> list[PatchedContent]:
     Raises:
         BundleError: if there is no such adapter, it has no patch, or the patch is damaged.
     """
-    patch, streams = bundle.patch(name)
+    return patched_contents(bundle, bundle.patch_bytes(name), str(bundle.path / patch_path(name)))
+
+
+def patched_contents(bundle: Bundle, data: bytes, where: str) -> list[PatchedContent]:
+    """Return what `patched_files` does for a patch that is not in the bundle: `data`, called `where` in messages.
+
+    Raises:
+        BundleError: if the patch is damaged, or not of this bundle's files.
+    """
+    patch, streams = parse_patch(data, where, bundle.manifest)
     changed = {file.path: (file, found) for file, found in zip(patch.files, streams, strict=True)}
     weights = [path for path, record in bundle.manifest.files.items() if record.role == "weights"]
-    where = str(bundle.path / patch_path(name))
     result = []
     for path in [*weights, *(graph.plain for graph in bundle.manifest.graphs.values())]:
         record = bundle.manifest.files[path]

@@ -124,7 +124,7 @@ def _changes(base: BaseModel, resolved: ResolvedAdapter) -> dict[str, Array]:
                 f"{base.name} has no module {path!r}, which adapter {resolved.name!r} changes",
                 hint="give the base that the adapter was trained on",
             )
-        changes |= _site_changes(base, target, update)
+        changes |= site_changes(base, target, update)
     for name, value in resolved.replaced.items():
         if name in changes:
             raise MergeError(
@@ -140,12 +140,17 @@ def _changes(base: BaseModel, resolved: ResolvedAdapter) -> dict[str, Array]:
     return changes
 
 
-def _site_changes(base: BaseModel, target: TargetModule, update: SiteUpdate) -> dict[str, Array]:
+def site_changes(base: BaseModel, target: TargetModule, update: SiteUpdate) -> dict[str, Array]:
+    """Return the parameters of one module that an update changes, merged, by name.
+
+    Raises:
+        MergeError: if the update does not fit the module, or its computation cannot take it.
+    """
     if not _terms(update):
         return {}
     if (update.a is None) != (update.b is None):
         raise _misfit(target, "A without B" if update.b is None else "B without A")
-    _check_foldable(base, target, update)
+    check_site(base, target, update)
     changes: dict[str, Array] = {}
     if update.a is not None or update.gain is not None or target.type == "embedding":
         changes[f"{target.path}.weight"] = merged_weight(target, update)
@@ -170,8 +175,12 @@ def _merged_bias(target: TargetModule, update: SiteUpdate) -> Array:
         return bias.astype(np.float32)
 
 
-def _check_foldable(base: BaseModel, target: TargetModule, update: SiteUpdate) -> None:
-    """Refuse what a module's own computation cannot take into its weights."""
+def check_site(base: BaseModel, target: TargetModule, update: SiteUpdate) -> None:
+    """Refuse what a module's own computation cannot take into its weights.
+
+    Raises:
+        MergeError: naming the module and the reason.
+    """
     low_rank = update.a is not None
     problem = ""
     if target.type == "other":

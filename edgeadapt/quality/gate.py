@@ -106,7 +106,7 @@ def table(rows: Sequence[QualityRow]) -> str:
 
 def _cells(row: QualityRow) -> tuple[str, ...]:
     return (
-        "(base)" if row.adapter is None else row.adapter,
+        ("(base)" if row.adapter is None else row.adapter) + (" promoted" if row.promoted else ""),
         row.scheme,
         str(row.positions),
         _figure(row.mean_kl, ".5f"),
@@ -123,4 +123,5 @@ def _figure(value: float | None, form: str) -> str:
 
 
 def _name(row: QualityRow) -> str:
-    return "the base" if row.adapter is None else f"adapter {row.adapter!r}"
+    name = "the base" if row.adapter is None else f"adapter {row.adapter!r}"
+    return f"{name} (promoted)" if row.promoted else name

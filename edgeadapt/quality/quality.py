@@ -26,6 +26,7 @@ class QualityRow:
     max_relative_error: largest difference, relative to the largest value of the output in its case
     cosine: mean cosine similarity of the vectors in outputs other than logits
     accuracy, reference_accuracy: share of samples with the right label, here and in torch
+    promoted: of the adapter's patch applied to the weights, rather than the adapter beside them
     """
 
     adapter: str | None
@@ -38,6 +39,7 @@ class QualityRow:
     cosine: float | None
     accuracy: float | None
     reference_accuracy: float | None
+    promoted: bool = False
 
 
 def measure_quality(
