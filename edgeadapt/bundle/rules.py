@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from edgeadapt.bundle.base import base_fingerprint
 from edgeadapt.bundle.manifest import SCHEMA, Manifest
@@ -33,12 +33,13 @@ def dump_manifest(manifest: Manifest) -> bytes:
         BundleError: if the manifest breaks a rule.
     """
     check_manifest(manifest, "the new manifest")
-    return canonical_json(to_mapping(dataclasses.replace(manifest, digest=manifest_digest(manifest))))
+    content = to_mapping(manifest)
+    return canonical_json({**content, "digest": manifest_digest(content)})
 
 
-def manifest_digest(manifest: Manifest) -> str:
-    """Return the SHA-256 of the manifest's canonical JSON with an empty digest."""
-    return hashlib.sha256(canonical_json(to_mapping(dataclasses.replace(manifest, digest="")))).hexdigest()
+def manifest_digest(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's canonical JSON with an empty digest."""
+    return hashlib.sha256(canonical_json({**content, "digest": ""})).hexdigest()
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -55,9 +56,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
             hint="open it with the edgeadapt that wrote it, or export it again",
         )
     manifest = from_mapping(Manifest, content, where, BundleError)
-    if manifest.digest != manifest_digest(manifest):
+    if manifest.digest != manifest_digest(content):
         raise BundleError(f"{where}: its digest does not match: it was changed after it was written", hint=_HINT)
-    if data != canonical_json(to_mapping(manifest)):
+    if data != canonical_json(content):
         raise BundleError(f"{where}: not in canonical form: it was changed after it was written", hint=_HINT)
     check_manifest(manifest, where)
     return manifest

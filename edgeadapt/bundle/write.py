@@ -17,6 +17,7 @@ from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter
 from edgeadapt.bundle.rules import dump_manifest, file_role, manifest_digest
 from edgeadapt.bundle.stored import to_stored
 from edgeadapt.errors import BundleError
+from edgeadapt.fields import to_mapping
 from edgeadapt.files import sha256_file
 
 Array = NDArray[Any]
@@ -114,7 +115,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
                 f"adapter {name!r}: its adapter.json differs from the manifest", hint="use the record that was written"
             )
     (folder / MANIFEST_FILE).write_bytes(data)
-    return dataclasses.replace(complete, digest=manifest_digest(complete))
+    return dataclasses.replace(complete, digest=manifest_digest(to_mapping(complete)))
 
 
 def list_files(folder: Path) -> dict[str, FileRecord]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,3 +99,19 @@ def _products(bundle: Path) -> int:
     graphs = (bundle / record.plain for record in open_bundle(bundle).manifest.graphs.values())
     nodes = (node for path in graphs for node in onnx.load(path, load_external_data=False).graph.node)
     return sum(node.op_type == "MatMulNBits" for node in nodes)
+
+
+def test_the_format_text_s_app_puts_joined_modules_together(
+    root: Path, tiny: GetTiny, exported: Callable[..., Path]
+) -> None:
+    bundle = exported("bert", quantize="int8")
+    assert open_bundle(bundle).manifest.joined
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs/formats/bundle-1.md").read_text(), re.DOTALL)
+    for adapter in ("adapter0", "adapter1"):
+        names = {"folder": str(bundle), "name": adapter, "inputs": case("bert")}
+        exec(code, names)  # noqa: S102 - the text's own example
+        with open_session(bundle) as session:
+            session.use(adapter)
+            expected = session.run(case("bert"))["logits"]
+        np.testing.assert_allclose(names["adapted"][0], expected, rtol=1e-5, atol=1e-6)
+        assert np.abs(names["adapted"][0] - names["base"][0]).max() > 1e-3
