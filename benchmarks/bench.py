@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from child import load_engine
 from environments import InstallError, ready_python
 from host import describe_host
 from measure import Cell, attempt
-from preparation import Material, PrepareError, make_material, make_model, make_reference
+from preparation import Material, PrepareError, make_material, make_model, make_reference, measured_run
 from side import Side, SideError
 from workload import REPOSITORY, read_workload
 
@@ -90,6 +92,7 @@ def main() -> None:
     try:
         _measure_quality(run, cells, workload, reference)
         _measure_swaps(run, cells, workload)
+        run.result["extras"] = _measure_extras(run, cells, material, workload)
         run.say("speed")
         rounds = 3 if args.quick else args.rounds
         deadline = measuring + 60 * (3 if args.quick else args.minutes)
@@ -244,6 +247,32 @@ def _measure_swaps(run: Run, cells: list[Cell], workload: Any) -> None:
         runs = 3 if run.args.quick or cell.side.module.EVERY > 1 else 10
         call = lambda side=cell.side, runs=runs: measure.swaps(side, workload, runs)  # noqa: E731
         run.result["sides"][cell.side.name]["swaps"] = attempt(cell.side, "swaps", run.failures, call)
+
+
+def _measure_extras(run: Run, cells: list[Cell], material: Material, workload: Any) -> dict[str, Any]:
+    """What only edgeadapt does: rows with adapters of their own, adding an adapter to a bundle, patches."""
+    extras: dict[str, Any] = {}
+    for cell in cells:
+        if cell.side.engine == "edgeadapt" and cell.side.adapter == "sql":
+            scheme = cell.side.configuration
+            run.say(f"batch of 16 rows: {cell.side.name}")
+            request = {"adapter": "sql", "ids": workload.prompt[:16], "rows": 16, "steps": 32}
+            call = partial(cell.side.ask, do="extra", name="mixed_batch", runs=2 if run.args.quick else 5, **request)
+            extras[f"mixed_batch_{scheme}"] = attempt(cell.side, "batch of 16 rows", run.failures, call)
+    folder = run.args.work / "edgeadapt-int8" / "model.bundle"
+    if folder.exists() and "edgeadapt" in run.args.engines:
+        run.say("adding an adapter to a bundle")
+        copy = run.args.work / "added.bundle"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        command = [sys.executable, "-m", "edgeadapt", "add", str(copy), material.adapters["json"], "--name", "again"]
+        status, cost, _, told = measured_run([*command, "--quiet"])
+        shutil.rmtree(copy)
+        if status:
+            run.fail("edgeadapt int8", "add", told)
+        else:
+            extras["add"] = cost
+    return extras
 
 
 def _arguments(words: list[str] | None = None) -> argparse.Namespace:

