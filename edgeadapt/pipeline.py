@@ -104,6 +104,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
                 recipe.quantize,
                 keep=recipe.keep,
                 moments=moments,
+                block_size=recipe.block_size,
                 raised=raised,
                 variants=variants,
                 progress=progress,
@@ -394,11 +395,19 @@ def _mix(
         cases, adapted = _calibration_runs(job, TOKENS_PER_TEXT)
         few = [(module, own[:CASES_WEIGHED]) for module, own in adapted]
         importance = collect_importance(job.base, cases[:CASES_WEIGHED], adapted=few)
-    mix = rank_groups(graph, importance, keep=recipe.keep, moments=moments, progress=progress)
+    mix = rank_groups(
+        graph, importance, keep=recipe.keep, moments=moments, block_size=recipe.block_size, progress=progress
+    )
 
     def measure(count: int) -> float:
         trial, record = quantize(
-            graph, "int4", keep=recipe.keep, moments=moments, raised=mix.raised(count), progress=progress
+            graph,
+            "int4",
+            keep=recipe.keep,
+            moments=moments,
+            block_size=recipe.block_size,
+            raised=mix.raised(count),
+            progress=progress,
         )
         try:
             draft = _write_base(job, trial, record, folder)

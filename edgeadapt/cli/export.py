@@ -43,6 +43,10 @@ def export(
         str | None,
         typer.Option("--quantize", metavar="SCHEME", help="`edgeadapt list schemes`.", show_default="int8"),
     ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option("--block-size", help="Weights that share a scale: 64 is faster, 16 closer.", show_default="32"),
+    ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option("--keep", metavar="PATTERN=SCHEME", help="An exception: modules that get another scheme."),
@@ -100,6 +104,7 @@ def export(
         merge=merge,
         merge_base=merge_base,
         quantize=quantize,
+        block_size=block_size,
         keep=read_pairs("--keep", keep or [], "PATTERN=SCHEME"),
         calibrate=None if calibrate is None else str(calibrate),
         max_bytes=max_bytes,

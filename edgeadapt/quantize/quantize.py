@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgeadapt.errors import QuantizeError
 from edgeadapt.export.graph import Graph
 from edgeadapt.progress import SILENT, Progress
+from edgeadapt.quantize import BLOCK_SIZES
 from edgeadapt.quantize.patch import Variant
 from edgeadapt.quantize.plan import Choice, choose_schemes, load_scheme
 from edgeadapt.quantize.retie import retie
@@ -22,9 +23,6 @@ from edgeadapt.quantize.scheme import Settings, Stored
 from edgeadapt.quantize.weights import Weight, find_weights
 
 Moments = Mapping[str, NDArray[np.float32]]
-
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""What MatMulNBits and GatherBlockQuantized have kernels for."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def asked(replace, bundle):
 def test_every_flag_reaches_the_recipe(invoke, asked):
     result = invoke(
         "export", "a b", "c", "--base", "hub/base", "-o", "out.bundle", "--name", "x", "--name", "y", "--task", "t",
-        "--revision", "abc", "--quantize", "int4", "--keep", "*.down_proj=int8", "--keep", "a=b=none",
+        "--revision", "abc", "--quantize", "int4", "--block-size", "64", "--keep", "*.down_proj=int8", "--keep", "a=b=none",
         "--calibrate", "text.txt", "--max-bytes", "70000000", "--max-kl", "0.1", "--min-top1", "0.9", "--prune-kl", "0.01", "--adapter-dtype",
         "int8", "--max-length", "512", "--force",
     )  # fmt: skip
@@ -42,6 +42,7 @@ def test_every_flag_reaches_the_recipe(invoke, asked):
             task="t",
             revision="abc",
             quantize="int4",
+            block_size=64,
             keep={"*.down_proj": "int8", "a=b": "none"},
             calibrate=Path("text.txt"),
             max_bytes=70_000_000,
