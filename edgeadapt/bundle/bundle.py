@@ -117,13 +117,21 @@ class Bundle:
         return read_adapter_json(self.file(f"adapters/{name}/adapter.json"))
 
     def has_patch(self, name: str) -> bool:
-        """Whether the export made a patch for an adapter, with which it can be promoted.
+        """Return whether the bundle holds a patch for an adapter of this name, with which it can be promoted."""
+        return patch_path(name) in self.manifest.files
+
+    def require_patch(self, name: str) -> None:
+        """Refuse an adapter that has no patch.
 
         Raises:
-            BundleError: if there is no such adapter.
+            BundleError: if there is no such adapter, or it has no patch.
         """
         self.adapter_record(name)
-        return patch_path(name) in self.manifest.files
+        if not self.has_patch(name):
+            raise BundleError(
+                f"adapter {name!r} has no patch: only an export with --patches makes one, from the float base",
+                hint="export the bundle again with --patches, or use the adapter as it is",
+            )
 
     def patch_bytes(self, name: str) -> bytes:
         """Return an adapter's patch as it lies in its file.
@@ -131,11 +139,7 @@ class Bundle:
         Raises:
             BundleError: if there is no such adapter, it has no patch, or the file is damaged.
         """
-        if not self.has_patch(name):
-            raise BundleError(
-                f"adapter {name!r} has no patch: only an export with --patches makes one, from the float base",
-                hint="export the bundle again with --patches, or use the adapter as it is",
-            )
+        self.require_patch(name)
         return self.read(patch_path(name))
 
     def patch(self, name: str) -> Patch:

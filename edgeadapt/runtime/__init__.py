@@ -2,8 +2,9 @@
 
 from edgeadapt.runtime.batch import Batch, Request
 from edgeadapt.runtime.cache import Cache
+from edgeadapt.runtime.promotion import Promotion
 from edgeadapt.runtime.session import Session, open_session
 from edgeadapt.runtime.tasks import answer
 from edgeadapt.runtime.writer import Generation
 
-__all__ = ["Batch", "Cache", "Generation", "Request", "Session", "answer", "open_session"]
+__all__ = ["Batch", "Cache", "Generation", "Promotion", "Request", "Session", "answer", "open_session"]

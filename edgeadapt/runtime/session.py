@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import EllipsisType, TracebackType
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from edgeadapt.runtime.inputs import checked_inputs
 from edgeadapt.runtime.ort import Binding, OrtGraph, Tensor, TensorInfo, check_provider, open_graph
 from edgeadapt.runtime.prefixes import ContentKey, PrefixCache
 from edgeadapt.runtime.prepacked import prepacked_graph, shares_weights
+from edgeadapt.runtime.promotion import Graphs, Promoter, Promotion
 from edgeadapt.runtime.residents import Residents, adapter_key
 from edgeadapt.runtime.rows import run_decoder
 from edgeadapt.runtime.spec import decoder_spec
@@ -46,6 +48,8 @@ def open_session(
     keep_graphs: bool = True,
     share_weights: bool | None = None,
     prefix_cache_bytes: int = 0,
+    promote_after: int | None = None,
+    promoted_max_bytes: int | None = None,
 ) -> Session:
     """Return a session over a bundle. Graphs are opened when they are first needed.
 
@@ -62,6 +66,10 @@ def open_session(
         prefix_cache_bytes: keep keys and values of up to so many bytes of texts that were read or written, so that a
             prompt which begins like one of them, with the same adapter, is read from there on only. 0 keeps none: then
             equal calls do equal work, and memory is what it was after loading.
+        promote_after: promote an adapter in the background (see `Session.promote`) once it has read and written so many
+            tokens (samples, where the model reads none); None leaves it to `promote`.
+        promoted_max_bytes: how much the weights files of promoted adapters may take in memory, None for two of them;
+            what was not used for longest makes room.
 
     Raises:
         BundleError: if the folder is no bundle.
@@ -78,6 +86,8 @@ def open_session(
         keep_graphs=keep_graphs,
         share_weights=shared,
         prefixes=prefixes if prefixes.max_bytes else None,
+        promote_after=promote_after,
+        promoted_max_bytes=promoted_max_bytes,
     )
 
 
@@ -96,6 +106,8 @@ class Session:
         keep_graphs: bool = True,
         share_weights: bool = False,
         prefixes: PrefixCache | None = None,
+        promote_after: int | None = None,
+        promoted_max_bytes: int | None = None,
     ) -> None:
         self.bundle = bundle
         self.threads = threads
@@ -107,6 +119,13 @@ class Session:
         self._residents = Residents(bundle, mapped=share_weights)
         self._graphs: dict[str, OrtGraph] = {}
         self._bindings: dict[str, Binding] = {}
+        self._promoter = Promoter(
+            bundle,
+            partial(open_graph, threads=threads, provider=provider),
+            max_bytes=promoted_max_bytes,
+            after_tokens=promote_after,
+        )
+        self._promoted: Graphs | None = None
         self._key: AdapterKey = ()
         self._text: TextCoder | None = None
         self._closed = False
@@ -121,6 +140,8 @@ class Session:
 
     def close(self) -> None:
         """Free the graphs and the adapters; the session cannot be used after that."""
+        self._promoter.close()
+        self._promoted = None
         self._bindings.clear()
         self._graphs.clear()
         self._residents = Residents(self.bundle)
@@ -174,10 +195,74 @@ class Session:
         """
         self._check_open()
         key = self.key_of(adapter)
+        if self._promoter.graphs(key) is None:
+            self._use_slots(key)
+        self._key = key
+        self._follow_promotion()
+
+    def _use_slots(self, key: AdapterKey) -> None:
+        """Bind an adapter beside the base, or the bare base."""
         tensors = self.adapter_tensors(key)
         if not (key and self._key and self._rebase(tensors)):
             self._bindings = self._bind(tensors, slots=bool(key), keep_graphs=self.keep_graphs)
-        self._key = key
+        self._promoted = None
+
+    def promote(self, adapter: str, *, wait: bool = False) -> Promotion:
+        """Prepare weights that have an adapter in them, in the background, and use them from the next step on.
+
+        Meanwhile the adapter serves beside the base as before. It needs the adapter's patch, which an export with
+        `--patches` makes, and writes the weights into the device's cache (see `device_cache.py`), where they are found
+        at once the next time. What is under way keeps its key-value cache: both forms are one model but for rounding.
+
+        Args:
+            adapter: its name in the bundle; it need not be active.
+            wait: return when it is ready, and raise what went wrong.
+
+        Raises:
+            BundleError: if there is no such adapter, or it has no patch.
+            SessionError: for a blend, or if its weights take more memory than `promoted_max_bytes`.
+        """
+        self._check_open()
+        if not isinstance(adapter, str):
+            raise SessionError(
+                f"{adapter!r} cannot be promoted: only one whole adapter can", hint="use the blend as it is"
+            )
+        self._promoter.start(adapter, keep=self._key)
+        if wait:
+            self._promoter.wait(adapter)
+        return self.promotion(adapter)
+
+    def promotion(self, adapter: str) -> Promotion:
+        """Return how far the promotion of an adapter is."""
+        return self._promoter.status(adapter)
+
+    def demote(self, adapter: str) -> None:
+        """Cancel an adapter's promotion, or close its weights; the adapter goes on beside the base.
+
+        Raises:
+            BundleError: if its file is damaged.
+        """
+        self._check_open()
+        if self._promoted is not None and self.adapter == adapter:
+            self._use_slots(self._key)
+        self._promoter.stop(adapter)
+
+    @property
+    def form(self) -> Literal["plain", "slots", "promoted"]:
+        """What runs: the bare (or merged) base, an adapter beside it, or weights that have an adapter in them."""
+        if self._promoted is not None:
+            return "promoted"
+        return "slots" if self._key else "plain"
+
+    def _follow_promotion(self) -> None:
+        """Switch to promoted weights of what is active, if there are new ones."""
+        graphs = self._promoter.graphs(self._key)
+        if graphs is None or graphs is self._promoted:
+            return
+        self._bindings = {role: Binding(graph, {}) for role, graph in graphs.items()}
+        self._promoted = graphs
+        if not self.keep_graphs:
+            self._graphs = {}
 
     def lend(self, name: str, tensors: Mapping[str, Array]) -> None:
         """Let this session use an adapter that is not in its bundle: to measure it before it is written.
@@ -329,6 +414,7 @@ class Session:
             )
         result = run_step(self._binding("decoder"), spec, input_ids, cache, lengths=lengths, logits=logits)
         cache.adapter = self._key
+        self._promoter.count(self._key, int(np.size(input_ids) if lengths is None else np.sum(lengths)))
         return result
 
     @property
@@ -436,10 +522,13 @@ class Session:
             binding.set_input(name, Tensor(array))
         for name in binding.graph.outputs:
             binding.allocate_output(name)
-        return binding.run()
+        found = binding.run()
+        self._promoter.count(self._key, max(np.size(inputs.get("input_ids", ())), len(next(iter(inputs.values())))))
+        return found
 
     def _binding(self, role: str) -> Binding:
         self.prepare()
+        self._follow_promotion()
         return self._bindings[role]
 
     def _rebase(self, tensors: Mapping[str, Tensor]) -> bool:
