@@ -66,7 +66,7 @@ def lower(
             raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
         _replace(graph, node, result)
     model.opset_imports.pop(MARKER_DOMAIN, None)
-    _drop_unused_initializers(graph)
+    _drop_unused(graph)
     if lowering.terms or lowering.parameters:
         _forget_shapes(graph, flexible & set(lowering.parameters))
     return Lowered(lowering.terms, tuple(lowering.joined), tuple(lowering.parameters))
@@ -234,7 +234,11 @@ def _per_channel(nodes: list[ir.Node], vector: ir.Value, module: TargetModule) -
     return _append(nodes, "Reshape", [vector, shape.outputs[0]])
 
 
-def _drop_unused_initializers(graph: ir.Graph) -> None:
+def _drop_unused(graph: ir.Graph) -> None:
+    """Remove nodes and constants that nothing reads: what the rewrites left of shape arithmetic, above all."""
+    for node in reversed(list(graph)):
+        if not any(output.uses() or output.is_graph_output() for output in node.outputs):
+            graph.remove(node, safe=True)
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_input():
             del graph.initializers[name]
