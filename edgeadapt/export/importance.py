@@ -38,6 +38,8 @@ def collect_importance(
 
     def hook(path: str) -> Any:
         def keep(_module: torch.nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> None:
+            if y.shape[-1] != base.modules[path].out_features:
+                return  # a head that the adapter replaces: it is never rounded
             lengths = args[0].detach().square().sum(-1, keepdim=True)
 
             def add(gradient: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -98,6 +99,20 @@ def test_importance_is_of_the_gradients_at_the_outputs() -> None:
     assert all(parameter.requires_grad for parameter in base.module.parameters())
     again = collect_importance(base, [{"x": x}])
     assert all(np.array_equal(found[path], again[path]) for path in found)
+
+
+def test_heads_of_other_sizes_are_left_out() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 4)
+    base = base_from_module(_Net(), name="net", example_inputs={"x": x}, dynamic_axes={"x": {0: "batch"}})
+    other = copy.deepcopy(base.module)
+    other.two = torch.nn.Linear(3, 5)
+
+    found = collect_importance(base, [{"x": x}], adapted=[(other, [{"x": x}])])
+
+    assert {path: len(values) for path, values in found.items()} == {"one": 3, "two": 2}
+    plain = collect_importance(base, [{"x": x}])
+    np.testing.assert_allclose(found["two"], plain["two"] / 2, rtol=1e-6)
 
 
 class _Classifier(_Net):
