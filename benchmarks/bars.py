@@ -160,9 +160,10 @@ def _promotion(f: Figures) -> list[Bar]:
         more = None if patch is None else patch["bytes"] / patch["entropy_bytes"]
         shown = "–" if patch is None else f"{patch['bytes'] / MB:.2f} MB, {more:.2f} ×"
         found.append(Bar(f"Code patch of an adapter, {scheme}, / its entropy", "≤ 1.3 ×", "≤ 1.1 ×", 1.3, more, shown))
-    seconds = extras.get("promotion_s")
-    found.append(Bar("Promotion from slots, in the background", "≤ 1.5 s", "≤ 0.5 s", 1.5, seconds,
-                     _number(seconds, "{:.2f} s")))  # fmt: skip
+    for scheme in ("int8", "int4"):
+        seconds = (extras.get(f"promotion_{scheme}") or {}).get("seconds")
+        what = f"Promotion from slots, in the background, {scheme}"
+        found.append(Bar(what, "≤ 1.5 s", "≤ 0.5 s", 1.5, seconds, _number(seconds, "{:.2f} s")))
     for scheme in ("int8", "int4"):
         batch = extras.get(f"mixed_batch_{scheme}")
         stat = None if batch is None else ratio(*(dict(enumerate(batch[kind])) for kind in ("own", "one")))

@@ -19,7 +19,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,8 @@ def _sides(
     if "qv8" not in adapters:
         yield Side(*common)
     yield Side(*common, adapter=names[0], adapters=adapters)
+    if engine == "edgeadapt" and "qv8" not in adapters:
+        yield Side(*common, adapter=names[0], adapters=adapters, note="promoted", promoted=True)
     if engine == "edgeadapt" and configuration == "int8":
         yield Side(*common, note="A/A")
         yield Side(*common, adapters=adapters, note="none active")
@@ -196,23 +200,19 @@ def _measure_starts(run: Run, workload: Any) -> None:
 
 
 def _measure_several(run: Run, workload: Any) -> None:
-    """Proportional memory of 1, 2 and 4 processes over the same files."""
+    """Proportional memory of 1, 2 and 4 processes over the same files; edgeadapt's also with shared weights."""
     for side in run.sides:
-        if not side.adapter or side.configuration not in SEVERAL.get(side.engine, ()):
+        if not side.adapter or side.note or side.configuration not in SEVERAL.get(side.engine, ()):
             continue
-        run.say(f"memory of several processes: {side.name}")
-        for count in (1, 2) if run.args.quick else (1, 2, 4):
-            group = [
-                Side(*(getattr(side, key) for key in ("engine", "module", "configuration", "python", "folder",
-                     "threads", "adapter", "adapters")), note=f"process {number}")
-                for number in range(count)
-            ]  # fmt: skip
-            total = attempt(
-                side, f"{count} processes", run.failures,
-                lambda group=group: measure.several(group, workload, run.args.work / "logs"),  # type: ignore[misc]
-            )  # fmt: skip
+        ways = {"": {}, "shared weights": {"EDGEADAPT_SHARE_WEIGHTS": "1"}} if side.engine == "edgeadapt" else {"": {}}
+        found = run.result["sides"][side.name].setdefault("proportional_bytes_of_processes", {})
+        for (way, environment), count in product(ways.items(), (1, 2) if run.args.quick else (1, 2, 4)):
+            run.say(f"memory of {count} processes: {side.name} {way}")
+            group = [replace(side, note=f"process {n}", environment=environment) for n in range(count)]
+            call = partial(measure.several, group, workload, run.args.work / "logs")
+            total = attempt(side, f"{count} processes {way}", run.failures, call)
             if total is not None:
-                run.result["sides"][side.name].setdefault("proportional_bytes_of_processes", {})[str(count)] = total
+                found.setdefault(way, {})[str(count)] = total
 
 
 def _launch(run: Run) -> list[Cell]:
@@ -231,7 +231,7 @@ def _launch(run: Run) -> list[Cell]:
 
 def _measure_quality(run: Run, cells: list[Cell], workload: Any, reference: Path) -> None:
     for cell in cells:
-        if cell.side.note or cell.side.adapter == "qv8":
+        if (cell.side.note and not cell.side.promoted) or cell.side.adapter == "qv8":
             continue  # the same files as another side, or values that mean nothing
         run.say(f"quality: {cell.side.name}")
         call = lambda side=cell.side: measure.quality(side, workload, reference, run.args.work)  # noqa: E731
@@ -241,7 +241,7 @@ def _measure_quality(run: Run, cells: list[Cell], workload: Any, reference: Path
 
 def _measure_swaps(run: Run, cells: list[Cell], workload: Any) -> None:
     for cell in cells:
-        if not cell.side.adapter or len(cell.side.adapters) < 2:
+        if not cell.side.adapter or cell.side.note or len(cell.side.adapters) < 2:
             continue
         run.say(f"swaps: {cell.side.name}")
         runs = 3 if run.args.quick or cell.side.module.EVERY > 1 else 10
@@ -253,8 +253,12 @@ def _measure_extras(run: Run, cells: list[Cell], material: Material, workload: A
     """What only edgeadapt does: rows with adapters of their own, adding an adapter to a bundle, patches."""
     extras: dict[str, Any] = {}
     for cell in cells:
-        if cell.side.engine == "edgeadapt" and cell.side.adapter == "sql":
+        if cell.side.engine == "edgeadapt" and cell.side.adapter == "sql" and not cell.side.note:
             scheme = cell.side.configuration
+            run.say(f"promotion: {cell.side.name}")
+            request = {"adapter": "sql", "ids": workload.prompt, "before": 32, "after": 64}
+            call = partial(cell.side.ask, do="extra", name="promotion", **request)
+            extras[f"promotion_{scheme}"] = attempt(cell.side, "promotion", run.failures, call)
             run.say(f"batch of 16 rows: {cell.side.name}")
             request = {"adapter": "sql", "ids": workload.prompt[:16], "rows": 16, "steps": 32}
             call = partial(cell.side.ask, do="extra", name="mixed_batch", runs=2 if run.args.quick else 5, **request)

@@ -51,10 +51,10 @@ def start(side: Side, workload: Workload, logs: Path) -> dict[str, Any]:
         # The first answer of all: Python and the harness's own modules are up, the engine is not imported.
         loaded = side.load()
         memory = {"loaded": memory_of(side.pid())}
-        first = side.ask(do="prefill", adapter=side.adapter, ids=workload.prompt, room=NEW_TOKENS + 4)
+        first = side.ask(do="prefill", adapter=side.active, ids=workload.prompt, room=NEW_TOKENS + 4)
         _decode(side, workload, 16)
         memory["used"] = memory_of(side.pid())
-        for name in side.adapters if side.adapter else ():
+        for name in side.adapters if side.adapter and not side.promoted else ():
             if name != side.adapter:
                 side.ask(do="prefill", adapter=name, ids=workload.prompt, room=NEW_TOKENS + 4)
                 memory["used another adapter"] = memory_of(side.pid())
@@ -69,7 +69,7 @@ def several(sides: Sequence[Side], workload: Workload, logs: Path) -> int:
         for side in sides:
             side.launch(logs)
             side.load()
-            side.ask(do="prefill", adapter=side.adapter, ids=workload.prompt, room=NEW_TOKENS + 4)
+            side.ask(do="prefill", adapter=side.active, ids=workload.prompt, room=NEW_TOKENS + 4)
             _decode(side, workload, 16)
         return sum(memory_of(side.pid())["proportional_bytes"] or 0 for side in sides)
     finally:
@@ -79,8 +79,8 @@ def several(sides: Sequence[Side], workload: Workload, logs: Path) -> int:
 
 def _decode(side: Side, workload: Workload, count: int) -> dict[str, Any]:
     if side.module.WHOLE:
-        return side.ask(do="generate", adapter=side.adapter, ids=workload.prompt, count=count)
-    return side.ask(do="decode", adapter=side.adapter, count=count)
+        return side.ask(do="generate", adapter=side.active, ids=workload.prompt, count=count)
+    return side.ask(do="decode", adapter=side.active, count=count)
 
 
 # --- quality ---------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def quality(side: Side, workload: Workload, reference: Path, scratch: Path) -> d
         wanted = np.load(reference / f"{side.adapter or ''}-{text}.npy")
         path = scratch / "logits.npy"
         ids = workload.held_out[text or None]
-        if not side.ask(do="logits", adapter=side.adapter, ids=ids, path=str(path))["given"]:
+        if not side.ask(do="logits", adapter=side.active, ids=ids, path=str(path))["given"]:
             found.update(_top1_alone(side, workload, reference))
             break
         pairs.append((wanted, np.load(path)))
@@ -102,7 +102,7 @@ def quality(side: Side, workload: Workload, reference: Path, scratch: Path) -> d
     if pairs:
         found.update(agreement(np.concatenate([a for a, _ in pairs]), np.concatenate([b for _, b in pairs])))
     expected = json.loads((reference / "greedy.json").read_text(encoding="utf-8"))[side.adapter or ""]
-    first = side.ask(do="prefill", adapter=side.adapter, ids=workload.prompt, room=NEW_TOKENS + 4)
+    first = side.ask(do="prefill", adapter=side.active, ids=workload.prompt, room=NEW_TOKENS + 4)
     tokens = _decode(side, workload, NEW_TOKENS - 2)["tokens"]
     tokens = (tokens if side.module.WHOLE else [first["token"], *tokens])[:NEW_TOKENS]
     same = (index for index, pair in enumerate(zip(tokens, expected, strict=True)) if pair[0] != pair[1])
@@ -113,7 +113,7 @@ def _top1_alone(side: Side, workload: Workload, reference: Path) -> dict[str, An
     """For an engine that gives no logits: its next token after each prefix of one text."""
     text = texts_of(side.adapter)[-1]
     ids = workload.held_out[text or None][: 2 * TOP1_FIRST]
-    tokens = side.ask(do="top1", adapter=side.adapter, ids=ids, first=TOP1_FIRST + 1)["tokens"]
+    tokens = side.ask(do="top1", adapter=side.active, ids=ids, first=TOP1_FIRST + 1)["tokens"]
     wanted = np.load(reference / f"{side.adapter or ''}-{text}.npy")[TOP1_FIRST : len(ids)].argmax(-1)
     return {"top1": float((wanted == np.asarray(tokens)).mean()), "positions": len(tokens)}
 
@@ -139,7 +139,7 @@ def swaps(side: Side, workload: Workload, runs: int) -> dict[str, Any]:
     for _ in range(runs + 1):
         for key, (before, resident, first_token) in kinds.items():
             answer = side.ask(
-                do="swap", adapter=side.adapter, other=before, resident=resident, ids=ids, first_token=first_token
+                do="swap", adapter=side.active, other=before, resident=resident, ids=ids, first_token=first_token
             )
             found.setdefault(key, []).append(answer["first_token_s" if first_token else "ready_s"])
     return {key: samples[1:] for key, samples in found.items()}  # the first of each warms up
@@ -197,10 +197,10 @@ def _round(turn: list[Cell], workload: Workload, number: int, failures: Failures
     for chunk in range(CHUNKS):
         for cell in turn:
             if not cell.side.module.WHOLE:
-                request = {"do": "decode", "adapter": cell.side.adapter, "count": NEW_TOKENS // CHUNKS}
+                request = {"do": "decode", "adapter": cell.side.active, "count": NEW_TOKENS // CHUNKS}
                 _sample(cell, number, failures, f"decode_{chunk}_s", request)
             elif chunk == 0:
-                request = {"do": "generate", "adapter": cell.side.adapter, "ids": workload.prompt, "count": NEW_TOKENS}
+                request = {"do": "generate", "adapter": cell.side.active, "ids": workload.prompt, "count": NEW_TOKENS}
                 _sample(cell, number, failures, "decode_s", request)
     for cell in turn:
         _join_chunks(cell.samples.get(number, {}))
@@ -215,7 +215,7 @@ def _join_chunks(samples: dict[str, Any]) -> None:
 
 
 def _prefill(side: Side, ids: list[int], room: int) -> dict[str, Any]:
-    return {"do": "prefill", "adapter": side.adapter, "ids": ids, "room": room}
+    return {"do": "prefill", "adapter": side.active, "ids": ids, "room": room}
 
 
 def _sample(cell: Cell, number: int, failures: Failures, key: str, request: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def text_of(result: Mapping[str, Any]) -> str:
         f"## Bars\n\n{_BARS}\n\n{table([_bar_row(bar) for bar in bars(figures, others)])}",
         f"## Speed and quality\n\n![Decode speed](benchmarks/decode.svg)\n\n{_SPEED}\n\n{table(_speed_rows(figures))}",
         f"## Adapters swapped\n\n{_SWAPS}\n\n{table(_swap_rows(figures))}",
+        f"## Promotion\n\n{_PROMOTION}\n\n{table(_promotion_rows(figures))}",
         f"## Load time and memory\n\n{_MEMORY}\n\n{table(_start_rows(figures))}",
         f"## Several processes\n\n{_SEVERAL}\n\n{table(_several_rows(figures))}",
         f"## What making the files costs\n\n{_MADE}\n\n{table(_made_rows(figures))}",
@@ -131,6 +133,36 @@ def _swap_rows(f: Figures) -> list[dict[str, str]]:
     return rows
 
 
+def _promotion_rows(f: Figures) -> list[dict[str, str]]:
+    rows = []
+    for scheme in ("int8", "int4"):
+        found = f.result.get("extras", {}).get(f"promotion_{scheme}")
+        if not found:
+            continue
+        times, forms = found["token_times_s"], found["forms"]
+        first = forms.index("promoted")
+        spans = {
+            "before": [time for time in times if time < 0],
+            "during": [time for time, form in zip(times, forms, strict=True) if time >= 0 and form != "promoted"],
+            "after": times[first:],
+        }
+        speeds = {
+            f"tok/s {name}": "–" if len(span) < 2 else f"{(len(span) - 1) / (span[-1] - span[0]):.1f}"
+            for name, span in spans.items()
+        }
+        rows.append(
+            {
+                "scheme": scheme,
+                "call to ready s": f"{found['seconds']:.2f}",
+                "call to first promoted token s": f"{times[first]:.2f}",
+                "longest wait for a token ms": f"{max(b - a for a, b in pairwise(times)) * 1e3:.0f}",
+                **speeds,
+                "tokens as in slots": f"{found['same_as_slots']} of {found['tokens']}",
+            }
+        )
+    return rows
+
+
 def _start_rows(f: Figures) -> list[dict[str, str]]:
     rows = []
     for name, side in f.sides.items():
@@ -162,9 +194,9 @@ def _start_rows(f: Figures) -> list[dict[str, str]]:
 def _several_rows(f: Figures) -> list[dict[str, str]]:
     rows = []
     for side in f.sides.values():
-        found = side.get("proportional_bytes_of_processes")
-        if found:
-            row = {"engine": f"{side['label']} {side['configuration']}, adapter {side['adapter']}"}
+        for how, found in side.get("proportional_bytes_of_processes", {}).items():
+            name = f"{side['label']} {side['configuration']}, adapter {side['adapter']}"
+            row = {"engine": f"{name}, {how}" if how else name}
             rows.append(row | {f"{n} MB": _value(found.get(n), "{:.0f}", 1 / MB) for n in ("1", "2", "4")})
     return rows
 
@@ -244,6 +276,8 @@ to a float LoRA that can be swapped."""
 _SWAPS = """*ready*: from the call to when the next prompt may be read, where the engine switches in a call of its own.
 *first token later*: how much longer a prompt of 16 tokens takes to its first token with a swap before it than without.
 *from disk*: the adapter was dropped before. optimum's swap loads another whole model."""
+_PROMOTION = """A prompt of 128 tokens and 32 tokens in slots, then `session.promote` with an empty cache, while
+decoding goes on. The promoted form is rounded with the adapter in it, so its tokens may differ from the slots form's."""
 _MEMORY = """Medians of fresh processes, files in the page cache; memory from `/proc/PID/smaps_rollup`, read by the
 parent. RSS counts shared pages whole, PSS divides them by the processes that share them (files mapped by one process
 alone count whole). *loaded*: before the first token; *used*: after 128 tokens of prompt and 16 decoded."""

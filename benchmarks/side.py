@@ -28,6 +28,7 @@ class Side:
     adapter: the adapter that is active when it is measured, None for the bare base
     adapters: all that are there to be swapped to, name to PEFT folder; empty for the plain form
     note: what else distinguishes it, such as a second process for the A/A control
+    promoted: the adapter is in weights of its own (edgeadapt only); environment: further variables of the process
     """
 
     engine: str
@@ -39,6 +40,8 @@ class Side:
     adapter: str | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    promoted: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
 
     @property
@@ -47,11 +50,17 @@ class Side:
         state = self.note or self.adapter or "base"
         return f"{self.engine} {self.configuration}, {state}"
 
+    @property
+    def active(self) -> str | None:
+        """What the engine is asked to make active."""
+        return f"promoted:{self.adapter}" if self.promoted else self.adapter
+
     def launch(self, logs: Path) -> None:
         """Start the process; nothing is loaded yet."""
         command = [str(self.python), str(HERE / "child.py"), str(self.module.__file__)]
         # Every engine runs with its own defaults, so nothing of the caller's tuning may reach it.
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
+        environment |= {"EDGEADAPT_CACHE_DIR": str(logs.parent / "cache"), **self.environment}
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{self.name.replace(' ', '_').replace(',', '')}.log").open("w") as log:
             self.process = subprocess.Popen(

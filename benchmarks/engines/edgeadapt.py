@@ -6,8 +6,10 @@ Runs in the environment that runs the harness; the measured process imports no t
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -67,6 +69,9 @@ def _patches(folder: Path) -> dict[str, dict[str, int]]:
     }
 
 
+PROMOTED = "promoted:"
+
+
 class Engine:
     """A session."""
 
@@ -83,7 +88,14 @@ class Engine:
         self._token = 0
 
     def use(self, adapter: str | None) -> None:
-        """Make an adapter active, from memory if it was active before."""
+        """Make an adapter active, from memory if it was active before; "promoted:NAME" in weights of its own."""
+        if adapter is not None and adapter.startswith(PROMOTED):
+            adapter = adapter.removeprefix(PROMOTED)
+            self._session.promote(adapter, wait=True)
+            self._session.use(adapter)
+            if self._session.form != "promoted":
+                raise RuntimeError(f"the session runs the form {self._session.form!r}")
+            return
         self._session.use(adapter)
 
     def forget(self, adapter: str) -> None:
@@ -135,6 +147,48 @@ class Engine:
                 if any(len(row.token_ids) != steps for row in found):
                     raise RuntimeError("rows ended early")
         return seconds
+
+    def promotion(self, adapter: str, ids: list[int], before: int, after: int) -> dict[str, Any]:
+        """Seconds since the call of `promote` at which each token came, in a session and a cache of their own.
+
+        `before` tokens are decoded in slots, then the promotion is asked for, and decoding goes on until `after` tokens
+        came in the promoted form. Also whether these tokens are those that slots alone would have given.
+        """
+        import edgeadapt
+
+        with tempfile.TemporaryDirectory() as cache:
+            os.environ["EDGEADAPT_CACHE_DIR"] = cache
+            self._session = edgeadapt.open_session(self._bundle, threads=self._threads)
+            self._session.use(adapter)
+            tokens = [self.prefill(ids, 1024)]
+            times, forms = [perf_counter()], [self._session.form]
+
+            def step() -> None:
+                tokens.extend(self.decode(1))
+                times.append(perf_counter())
+                forms.append(self._session.form)
+
+            for _ in range(before):
+                step()
+            asked = perf_counter()
+            self._session.promote(adapter)
+            while forms.count("promoted") < after and len(tokens) < 1000:
+                step()
+            status = self._session.promotion(adapter)
+            self._session.close()
+            self._session = edgeadapt.open_session(self._bundle, threads=self._threads)
+            self._session.use(adapter)
+            slots = [self.prefill(ids, 1024), *self.decode(len(tokens) - 1)]
+        if status.state != "promoted":
+            raise RuntimeError(f"promotion is {status.state!r}: {status.error}")
+        same = next((i for i, (a, b) in enumerate(zip(tokens, slots, strict=True)) if a != b), len(tokens))
+        return {
+            "seconds": status.seconds,
+            "token_times_s": [time - asked for time in times],
+            "forms": forms,
+            "tokens": len(tokens),
+            "same_as_slots": same,
+        }
 
     def _next(self, ids: list[int]) -> int:
         import numpy as np
