@@ -1,7 +1,7 @@
 """A measured child process: python child.py ENGINE_FILE. One JSON request per line in, one JSON answer per line out.
 
 Only the standard library: it runs in each engine's own environment. All timing of calls happens here, the same way for
-every engine; an engine only does the work (engines/README.md). An exception becomes {"error": ...}, so that the parent
+every engine; an engine only does the work (README.md, "An engine"). An exception becomes {"error": ...}, so that the parent
 records a failure instead of losing the run.
 """
 

@@ -277,7 +277,7 @@ _SWAPS = """*ready*: from the call to when the next prompt may be read, where th
 *first token later*: how much longer a prompt of 16 tokens takes to its first token with a swap before it than without.
 *from disk*: the adapter was dropped before. optimum's swap loads another whole model."""
 _PROMOTION = """A prompt of 128 tokens and 32 tokens in slots, then `session.promote` with an empty cache, while
-decoding goes on. The promoted form is rounded with the adapter in it, so its tokens may differ from the slots form's."""
+decoding goes on. The promoted form is rounded with the adapter in it, so its tokens may differ from those in slots."""
 _MEMORY = """Medians of fresh processes, files in the page cache; memory from `/proc/PID/smaps_rollup`, read by the
 parent. RSS counts shared pages whole, PSS divides them by the processes that share them (files mapped by one process
 alone count whole). *loaded*: before the first token; *used*: after 128 tokens of prompt and 16 decoded."""
