@@ -284,7 +284,7 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", default=",".join(ENGINES), help="which, separated by commas (default: all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9, help="quiet rounds wanted")
-    parser.add_argument("--minutes", type=float, default=18, help="no new round after so long a time of measuring")
+    parser.add_argument("--minutes", type=float, default=14, help="no new round after so long a time of measuring")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions: for a look, not for the record")
     parser.add_argument("--install", action="store_true", help="make what is missing, and measure nothing")
     parser.add_argument("--reuse", action="store_true", help="take model files as they are, even if code changed since")
