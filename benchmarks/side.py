@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import subprocess
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ class Side:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
         environment |= {"EDGEADAPT_CACHE_DIR": str(logs.parent / "cache"), **self.environment}
         logs.mkdir(parents=True, exist_ok=True)
-        with (logs / f"{self.name.replace(' ', '_').replace(',', '')}.log").open("w") as log:
+        with (logs / f"{re.sub('[^a-zA-Z0-9_]+', '-', self.name)}.log").open("w") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
             )
