@@ -41,6 +41,7 @@ _CODES: Mapping[int, np.dtype[Any]] = {
     10: np.dtype("<f2"),
 }  # ONNX TensorProto.DataType
 _FLOAT16_MAGNITUDE, _FLOAT16_INFINITY = np.uint16(0x7FFF), np.uint16(0x7C00)
+_SMALL = 256  # numbers
 _U32, _I32 = struct.Struct("<I"), struct.Struct("<i")
 _PARAMETER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
 _ADAPTER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
@@ -97,6 +98,8 @@ def parse_onnx_adapter(data: bytes, where: str) -> OnnxAdapter:
         if used > len(data):
             raise reader.error("tensors share their data")
         tensors[name] = value
+    for name in _not_finite(tensors):
+        raise reader.error(f"tensor {name!r} holds NaN or infinite values")
     return OnnxAdapter(reader.scalar(root[1]), reader.scalar(root[2]), dict(sorted(tensors.items())))
 
 
@@ -195,10 +198,15 @@ def _parameter(reader: _Reader, position: int) -> tuple[str, Array]:
         raise reader.error(
             f"tensor {name!r} of shape {list(shape)} needs {count * dtype.itemsize} bytes, has {raw.count}"
         )
-    value = np.frombuffer(reader.data, dtype, count, raw.start).reshape(shape)
-    if not _is_finite(value):
-        raise reader.error(f"tensor {name!r} holds NaN or infinite values")
-    return name, value
+    return name, np.frombuffer(reader.data, dtype, count, raw.start).reshape(shape)
+
+
+def _not_finite(tensors: Mapping[str, Array]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinite values; the small ones are first looked at together."""
+    small = [value.reshape(-1) for value in tensors.values() if value.size < _SMALL and value.dtype == np.float32]
+    known = not small or bool(np.isfinite(np.concatenate(small)).all())
+    suspects = {n: v for n, v in tensors.items() if not (known and v.size < _SMALL and v.dtype == np.float32)}
+    return [name for name, value in suspects.items() if not _is_finite(value)]
 
 
 def _is_finite(value: Array) -> bool:

@@ -65,6 +65,7 @@ def to_float32(stored: Mapping[str, Array]) -> dict[str, NDArray[np.float32]]:
         BundleError: if int8 codes and scales do not go together.
     """
     scales = {name: _scale_of(name, value, stored) for name, value in stored.items() if value.dtype == np.int8}
+    _check_scales(scales)
     spent = {name + SCALE_SUFFIX for name in scales}
     values = {name: value for name, value in stored.items() if name not in spent}
     sizes = [-(-value.size // _ALIGNMENT) * _ALIGNMENT for value in values.values()]
@@ -123,14 +124,25 @@ def _scale_of(name: str, codes: Array, stored: Mapping[str, Array]) -> Array:
             f"tensor {name!r} is int8, and {name + SCALE_SUFFIX!r} float32 is missing",
             hint="the adapter's file is damaged or from elsewhere; remove the adapter and add it again",
         )
-    spread = scale.ndim == codes.ndim and all(n in (1, m) for n, m in zip(scale.shape, codes.shape, strict=True))
-    if not spread or not ((scale > 0) & (scale <= _LARGEST_SCALE)).all():
+    if scale.ndim != codes.ndim or any(n not in (1, m) for n, m in zip(scale.shape, codes.shape, strict=True)):
         raise BundleError(
             f"the scales of tensor {name!r} int8{list(codes.shape)} are float32{list(scale.shape)}; each axis must be "
-            f"1 or the tensor's, and each scale above 0 and at most {_LARGEST_SCALE:.3g}",
+            "1 or the tensor's",
             hint="the adapter's file is damaged or from elsewhere; remove the adapter and add it again",
         )
     return scale
+
+
+def _check_scales(scales: Mapping[str, Array]) -> None:
+    """Refuse scales that make infinity or nothing of their codes; all at once, for there are hundreds of small ones."""
+    together = np.concatenate([scale.reshape(-1) for scale in scales.values()]) if scales else np.ones(1, np.float32)
+    if together.min() > 0 and together.max() <= _LARGEST_SCALE:
+        return
+    name = next(n for n, scale in scales.items() if not ((scale > 0) & (scale <= _LARGEST_SCALE)).all())
+    raise BundleError(
+        f"the scales of tensor {name!r} must be above 0 and at most {_LARGEST_SCALE:.3g}",
+        hint="the adapter's file is damaged or from elsewhere; remove the adapter and add it again",
+    )
 
 
 def _widen(narrow: Array, out: Array) -> None:

@@ -84,8 +84,11 @@ def test_all_tensors_are_aligned_views_of_one_array():
         ({"q.a.scale": np.ones((1, 4), np.float16)}, "tensor 'q.a' is int8, and 'q.a.scale' float32 is missing"),
         ({"q.a.scale": np.ones((4,), np.float32)}, "the scales of tensor 'q.a' int8[64, 4] are float32[4]; each axis"),
         ({"q.a.scale": np.ones((2, 4), np.float32)}, "the scales of tensor 'q.a' int8[64, 4] are float32[2, 4]"),
-        ({"q.a.scale": np.zeros((1, 4), np.float32)}, "each scale above 0 and at most 2.66e+36"),
-        ({"q.a.scale": np.full((1, 4), 3e38, np.float32)}, "each scale above 0 and at most 2.66e+36"),
+        ({"q.a.scale": np.zeros((1, 4), np.float32)}, "the scales of tensor 'q.a' must be above 0 and at most"),
+        (
+            {"q.a.scale": np.full((1, 4), 3e38, np.float32)},
+            "the scales of tensor 'q.a' must be above 0 and at most 2.66e+36",
+        ),
     ],
 )
 def test_scales_that_do_not_fit_are_refused(changes, message):
