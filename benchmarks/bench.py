@@ -76,8 +76,6 @@ def main() -> None:
     if args.install:
         run.say("all made")
         sys.exit(1 if run.failures else 0)
-    workload = read_workload(material.checkpoint / "tokenizer.json")
-    reference = make_reference(material, workload, args.threads, args.work)
     run.result = {
         "schema": SCHEMA,
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
@@ -87,31 +85,14 @@ def main() -> None:
         "sides": {side.name: _description(side) for side in run.sides},
         "failures": run.failures,
     }
-    measuring = time.monotonic()
-    _measure_starts(run, workload)
-    _measure_several(run, workload)
-    cells = _launch(run)
     try:
-        _measure_quality(run, cells, workload, reference)
-        _measure_swaps(run, cells, workload)
-        run.result["extras"] = _measure_extras(run, cells, material, workload)
-        run.say("speed")
-        rounds = 3 if args.quick else args.rounds
-        deadline = measuring + 60 * (3 if args.quick else args.minutes)
-        noise = measure.speed_rounds(
-            cells, workload, rounds=rounds, deadline=deadline, failures=run.failures, say=run.say
-        )
-    finally:
-        for side in run.sides:
-            side.close()
-    run.result["rounds"] = noise
-    for cell in cells:
-        run.result["sides"][cell.side.name]["rounds"] = cell.samples
-    run.result["seconds"] = round(time.monotonic() - run.started)
+        _measure(run, material)
+    finally:  # whatever happens, what was measured is not lost
+        run.result["seconds"] = round(time.monotonic() - run.started)
+        (args.work / "last.json").write_text(json.dumps(run.result, indent=1) + "\n", encoding="utf-8")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(run.result, indent=1) + "\n", encoding="utf-8")
-    result = json.loads(args.output.read_text(encoding="utf-8"))
-    print(page.text_of(result))
+    shutil.copyfile(args.work / "last.json", args.output)
+    print(page.text_of(json.loads(args.output.read_text(encoding="utf-8"))))
     if args.output == _arguments([]).output:
         page.write()
     for failure in run.failures:
@@ -120,17 +101,44 @@ def main() -> None:
     sys.exit(1 if ours else 0)
 
 
+def _measure(run: Run, material: Material) -> None:
+    """Fill in `run.result`."""
+    started, args = time.monotonic(), run.args
+    workload = read_workload(material.checkpoint / "tokenizer.json")
+    run.say("float32 reference")
+    reference = make_reference(material, workload, args.threads, args.work)
+    _measure_starts(run, workload)
+    _measure_several(run, workload)
+    try:
+        cells = _launch(run)
+        _measure_quality(run, cells, workload, reference)
+        _measure_swaps(run, cells, workload)
+        run.result["extras"] = _measure_extras(run, cells, material, workload)
+        run.say("speed")
+        run.result["rounds"] = measure.speed_rounds(
+            cells,
+            workload,
+            rounds=3 if args.quick else args.rounds,
+            deadline=started + 60 * (3 if args.quick else args.minutes),
+            failures=run.failures,
+            say=run.say,
+        )
+    finally:
+        for side in run.sides:
+            side.close()
+
+
 def _prepare(run: Run, material: Material) -> dict[str, Any]:
     """Make environments and model files; fills `run.sides`."""
     made: dict[str, Any] = {}
-    for engine in run.args.engines:
+    for engine, chosen in run.args.engines.items():
         module = load_engine(HERE / "engines" / f"{engine}.py")
         try:
             python = ready_python(module, engine, run.args.environments, run.say)
         except (InstallError, OSError) as error:
             run.fail(engine, "install", str(error))
             continue
-        for configuration in module.CONFIGURATIONS:
+        for configuration in chosen or module.CONFIGURATIONS:
             run.say(f"{engine} {configuration}: model files")
             try:
                 folder, cost = make_model(
@@ -142,7 +150,7 @@ def _prepare(run: Run, material: Material) -> dict[str, Any]:
                     work=run.args.work,
                     reuse=run.args.reuse,
                 )
-            except (PrepareError, OSError) as error:
+            except (PrepareError, OSError, ValueError) as error:
                 run.fail(f"{engine} {configuration}", "make the model files", str(error))
                 continue
             made[f"{engine} {configuration}"] = {**cost, "bytes": _sizes(module, folder, configuration)}
@@ -225,7 +233,7 @@ def _launch(run: Run) -> list[Cell]:
         except (SideError, OSError) as error:
             run.fail(side.name, "start", str(error))
             continue
-        cells.append(Cell(side))
+        cells.append(Cell(side, run.result["sides"][side.name].setdefault("rounds", {})))
     return cells
 
 
@@ -281,7 +289,7 @@ def _measure_extras(run: Run, cells: list[Cell], material: Material, workload: A
 
 def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", default=",".join(ENGINES), help="which, separated by commas (default: all)")
+    parser.add_argument("--engines", default=",".join(ENGINES), help="such as edgeadapt:int8,llamacpp (default: all)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9, help="quiet rounds wanted")
     parser.add_argument("--minutes", type=float, default=14, help="no new round after so long a time of measuring")
@@ -295,12 +303,23 @@ def _arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--environments", type=Path, default=HERE / ".venvs")
     parser.add_argument("-o", "--output", type=Path, help="default: benchmarks/results/peers.json")
     args = parser.parse_args(words)
-    args.engines = args.engines.split(",")
-    unknown = set(args.engines) - set(ENGINES)
-    if unknown:
-        parser.error(f"unknown engine {min(unknown)!r}; known: {', '.join(ENGINES)}")
+    args.engines = _chosen(parser, args.engines)
     args.output = args.output or HERE / "results" / ("quick.json" if args.quick else "peers.json")
     return args
+
+
+def _chosen(parser: argparse.ArgumentParser, text: str) -> dict[str, list[str]]:
+    """Configurations by engine, none for all: "a,b:x,b:y" is a with all that it has, and b with x and y."""
+    found: dict[str, list[str]] = {}
+    for word in text.split(","):
+        engine, _, configuration = word.partition(":")
+        if engine not in ENGINES:
+            parser.error(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+        known = load_engine(HERE / "engines" / f"{engine}.py").CONFIGURATIONS
+        if configuration and configuration not in known:
+            parser.error(f"{engine} has no configuration {configuration!r}; known: {', '.join(known)}")
+        found.setdefault(engine, []).extend([configuration] if configuration else [])
+    return found
 
 
 if __name__ == "__main__":

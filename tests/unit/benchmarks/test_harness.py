@@ -92,7 +92,7 @@ def test_a_fresh_start_is_measured_from_outside(tmp_path: Path) -> None:
     for memory in found["memory"].values():
         assert 0 < memory["proportional_bytes"] <= memory["resident_bytes"] <= memory["peak_resident_bytes"]
         assert 0 < memory["anonymous_bytes"] <= memory["resident_bytes"]
-    both = several([side(tmp_path, "works", note=str(i)) for i in range(2)], workload(), tmp_path / "logs")
+    both = several([side(tmp_path, "works", note=f"A/A {i}") for i in range(2)], workload(), tmp_path / "logs")
     assert both > 0
     adapted.launch(tmp_path / "logs")
     adapted.load()
