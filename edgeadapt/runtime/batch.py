@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.cache import AdapterKey, SharedCache
+from edgeadapt.runtime.lookup import Lookup
 from edgeadapt.runtime.prefixes import ContentKey
 from edgeadapt.runtime.prompts import Prompt, answer_limit, check_vocabulary, prompt_ids
 from edgeadapt.runtime.rowwise import RowBindings
@@ -46,8 +47,10 @@ class Request:
         self.writer = writer
         self.content: ContentKey = ()  # known once it is read, if there is a prefix cache
         self.cached_tokens = 0
+        self.guessed_tokens = 0
         self._batch = batch
         self._pieces: list[str] = []
+        self._lookup = Lookup(options.lookup) if options.lookup else None
 
     def __iter__(self) -> Iterator[str]:
         given = 0
@@ -81,6 +84,7 @@ class Request:
             finish_reason=self.writer.finish_reason or "length",
             prompt_tokens=len(self.ids),
             cached_tokens=self.cached_tokens,
+            guessed_tokens=self.guessed_tokens,
         )
 
     def cancel(self) -> None:
@@ -91,6 +95,16 @@ class Request:
     def advance(self, logits: Array) -> None:
         """Choose a token from float32[vocab]."""
         self._pieces.append(self.writer.advance(logits))
+
+    def guess(self) -> list[int]:
+        """Return what may follow, to be looked at in the same step as the last token; empty without `lookup`."""
+        return self._lookup.guess(self.tokens, self.writer.tokens_left - 1) if self._lookup is not None else []
+
+    def learn(self, guessed: int, right: int) -> None:
+        """Take in how many of the guessed tokens were right."""
+        assert self._lookup is not None
+        self._lookup.learn(guessed, right)
+        self.guessed_tokens += right
 
 
 class Batch:
@@ -210,6 +224,31 @@ class Batch:
         self._remember(len(self._writing) - 1)  # texts that join later may begin like it
 
     def _write(self) -> None:
+        if len(self._writing) == 1 and (guess := self._writing[0].guess()):
+            self._write_several(guess)
+        else:
+            self._write_one_each()
+        for row in reversed(range(len(self._writing))):
+            if self._writing[row].done:
+                self._leave(row)
+
+    def _write_several(self, guess: list[int]) -> None:
+        """Write as many tokens of the only text as were guessed right, and one more."""
+        request, row = self._writing[0], self._cache.part(0, 1)
+        past = int(row.lengths[0])
+        ids = np.asarray([[request.writer.token_ids[-1], *guess]], np.int64)
+        binding = self._bindings.one(request.key)
+        logits = run_step(binding, self._session.require_decoder(), ids, row, logits="all")
+        written = 0
+        for expected in (*guess, None):
+            request.advance(logits[0, written])
+            written += 1
+            if request.done or request.writer.token_ids[-1] != expected:
+                break
+        row.shorten(0, past + written)  # keys of wrong guesses are written over
+        request.learn(len(guess), written - 1)
+
+    def _write_one_each(self) -> None:
         ids = [[request.writer.token_ids[-1]] for request in self._writing]
         keys = [request.key for request in self._writing]
         front = self._cache.part(0, len(keys))
@@ -220,10 +259,8 @@ class Batch:
         else:
             each = [self._step(self._bindings.one(key), [ids[row]], front.part(row, 1)) for row, key in enumerate(keys)]
             logits = np.concatenate(each)
-        for row in reversed(range(len(keys))):
-            self._writing[row].advance(logits[row, -1])
-            if self._writing[row].done:
-                self._leave(row)
+        for row, request in enumerate(self._writing):
+            request.advance(logits[row, -1])
 
     def _step(self, binding: Any, ids: list[list[int]], cache: SharedCache, *, wanted: bool = True) -> Array:
         spec = self._session.require_decoder()

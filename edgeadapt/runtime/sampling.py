@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     chat: bool | None
     ignore_eos: bool
     prefill_chunk: int
+    lookup: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Sampling:
     chat: True wraps a text as a user's message, False takes it raw, None wraps it if there is a chat template
     ignore_eos: write on past the end-of-sequence token (for measurements)
     prefill_chunk: read the prompt in chunks of so many tokens
+    lookup: guess up to so many next tokens from earlier text and check them in one step, 0 for none; for texts that
+        repeat what the prompt says. It has no effect while several texts are written together
     """
 
     max_new_tokens: int = 128
@@ -53,6 +56,7 @@ class Sampling:
     chat: bool | None = None
     ignore_eos: bool = False
     prefill_chunk: int = 512
+    lookup: int = 0
 
 
 def sampling(options: Mapping[str, Any]) -> Sampling:
@@ -69,7 +73,7 @@ def sampling(options: Mapping[str, Any]) -> Sampling:
     texts = (stop,) if isinstance(stop, str) else stop
     stops = tuple(texts) if isinstance(texts, Sequence) else (None,)
     chosen = Sampling(**{**options, "stop": stops})
-    for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0), ("prefill_chunk", 1)):
+    for name, low in (("max_new_tokens", 1), ("top_k", 0), ("seed", 0), ("prefill_chunk", 1), ("lookup", 0)):
         _check(name, getattr(chosen, name), is_whole(getattr(chosen, name), low), f"a whole number of {low} or more")
     _check("temperature", chosen.temperature, is_finite(chosen.temperature, 0), "0 or more")
     _check("top_p", chosen.top_p, is_finite(chosen.top_p, 0, 1) and chosen.top_p > 0, "above 0 and at most 1")

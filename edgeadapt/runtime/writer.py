@@ -24,6 +24,7 @@ class Generation:
     finish_reason: "stop" at the end-of-sequence token or a stop text, "length" at the limit, "cancelled"
     prompt_tokens: tokens before the first new one (0 where the prompt is not text)
     cached_tokens: of those, how many were not read because the session's prefix cache held them
+    guessed_tokens: new tokens that `lookup` had guessed right
     """
 
     text: str
@@ -32,6 +33,7 @@ class Generation:
     finish_reason: Literal["stop", "length", "cancelled"]
     prompt_tokens: int
     cached_tokens: int = 0
+    guessed_tokens: int = 0
 
 
 class Writer:

@@ -168,11 +168,12 @@ def test_wrong_prompts_are_refused_at_once(session, prompt, message):
         ({"chat": "no"}, "chat is 'no'\nHint: give True, False or None"),
         ({"ignore_eos": 1}, "ignore_eos is 1\nHint: give True or False"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0\nHint: give a whole number of 1 or more"),
+        ({"lookup": -1}, "lookup is -1\nHint: give a whole number of 0 or more"),
         (
             {"tokens": 5},
             (
-                "unknown option 'tokens'\nHint: known: chat, ignore_eos, max_new_tokens, prefill_chunk, seed, stop, "
-                "temperature, top_k, top_p"
+                "unknown option 'tokens'\nHint: known: chat, ignore_eos, lookup, max_new_tokens, prefill_chunk, seed, "
+                "stop, temperature, top_k, top_p"
             ),
         ),
     ],
