@@ -148,8 +148,8 @@ class _Job:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the quantization is fitted to the user's samples."""
-        return self.recipe.calibrate is not None and self.recipe.quantize == "int4"
+        """Whether the quantization is fitted to samples: the user's, or the built-in texts for a model of text."""
+        return self.recipe.quantize == "int4" and (self.recipe.calibrate is not None or _reads_text(self))
 
     @property
     def swappable(self) -> Sequence[ResolvedAdapter]:
@@ -421,6 +421,14 @@ def _mix(
     return mix.raised(fit(mix, max_bytes=recipe.max_bytes, max_kl=recipe.max_kl, measure=measure))
 
 
+def _reads_text(job: _Job) -> bool:
+    """Return whether texts are all that the model needs to run on: no pixels or sounds, which would be noise."""
+    if "tokenizer.json" not in job.base.assets or not job.samples.texts:
+        return False
+    cases = _cases(job, dataclasses.replace(job.samples, texts=job.samples.texts[:1]), 1)
+    return not any(tensor.is_floating_point() for case in cases for tensor in case.values())
+
+
 def _cases(job: _Job, samples: Calibration, tokens_per_text: int) -> list[dict[str, torch.Tensor]]:
     from edgeadapt.export.cases import sample_cases
 
@@ -578,7 +586,7 @@ def _judged(job: _Job, rows: Sequence[QualityRow], progress: Progress) -> tuple[
     from edgeadapt.quality.gate import gate, verdict
 
     recipe = job.recipe
-    sentence = verdict(rows, calibrated=job.calibrates)
+    sentence = verdict(rows, calibrated=recipe.calibrate is not None)
     if sentence is not None:
         progress.note(sentence)
     gate(rows, max_kl=recipe.max_kl, min_top1=recipe.min_top1)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgeadapt.export.gradients import Cases, layers_at, run_both_ways
 from edgeadapt.merging.base_model import BaseModel
 
 LARGEST_INPUT = 8192
@@ -17,38 +17,44 @@ SHORTEST = 1e-6
 BYTES_AT_ONCE = 512 * 2**20
 """Moments held at a time. A larger model runs over the samples again for its later layers: time instead of memory."""
 
-Cases = Sequence[Mapping[str, torch.Tensor]]
-
 
 class Moments(Mapping[str, NDArray[np.float32]]):
-    """E[x xT] float32[in, in] of the input of every linear module, by module path, each x scaled to length 1.
+    """E[w x xT] float32[in, in] of the input of every linear module, by module path; see `collect_moments`.
 
-    Collected when they are asked for, some layers at a time, so ask in the order of the model. Modules with the same
-    input share one array.
+    Collected when they are asked for, some layers at a time, so ask in the order of the model.
     """
 
     def __init__(self, runs: Sequence[_Run], widths: Mapping[str, int], bytes_at_once: int) -> None:
-        """Run the first case of all, to see which modules share their input."""
+        """Collect nothing yet."""
         self._runs = runs
-        self._owner = _owners(runs[0])
-        self._parts = _parts(tuple(dict.fromkeys(self._owner.values())), widths, bytes_at_once)
-        self._held: dict[str, NDArray[np.float32]] = {}
+        self._parts = _parts(widths, bytes_at_once)
+        self._part_of = {path: number for number, part in enumerate(self._parts) for path in part}
+        self._held: tuple[int, dict[str, NDArray[np.float32]]] = (-1, {})
 
     def __getitem__(self, path: str) -> NDArray[np.float32]:
-        owner = self._owner[path]
-        if owner not in self._held:
-            self._held.clear()
-            self._held = _collect(self._runs, next(part for part in self._parts if owner in part))
-        return self._held[owner]
+        part = self._part_of[path]
+        if part != self._held[0]:
+            self._held = (-1, {})
+            self._held = (part, _collect(self._runs, self._parts[part]))
+        return self._held[1][path]
 
     def __contains__(self, path: object) -> bool:
-        return path in self._owner
+        return path in self._part_of
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._owner)
+        return iter(self._part_of)
 
     def __len__(self) -> int:
-        return len(self._owner)
+        return len(self._part_of)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One model, the cases that it runs on, and those of its modules that multiply by the base's weights, by path."""
+
+    module: torch.nn.Module
+    cases: Cases
+    layers: Mapping[str, torch.nn.Module]
 
 
 def collect_moments(
@@ -60,11 +66,12 @@ def collect_moments(
 ) -> Moments:
     """Return the second moments of the linear modules' inputs, of the base and of the base with its adapters.
 
-    What an adapter does to its layers' inputs belongs to what the weights must be right for: on SmolLM2 with two
-    adapters of rank 16 it brings their KL divergence at int4 from 0.35 and 0.27 to 0.05.
+    What an adapter does to its layers' inputs belongs to what the weights must be right for; the base and every
+    adapter count the same, however long their samples are.
 
-    A few tokens of a language model have inputs 50 times as long as the others and would decide everything, so every
-    input counts with length 1: 0.14 instead of 0.20 (docs/decisions/0005-quantization.md).
+    How much an input x counts is w = 1/|x|^2 + c |g|^2, where g is the gradient at the module's output and c makes both
+    parts of a text equal. A few tokens of a language model have inputs 50 times as long as the others and would decide
+    everything without the first part; the second tells what matters to the answers (docs/decisions/0007-int4.md).
 
     Args:
         base: run without adapters.
@@ -82,67 +89,12 @@ def collect_moments(
     return Moments(runs, widths, bytes_at_once)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One model, the cases that it runs on, and those of its modules that multiply by the base's weights, by path."""
-
-    module: torch.nn.Module
-    cases: Cases
-    layers: Mapping[str, torch.nn.Module]
-
-
-def layers_at(module: torch.nn.Module, paths: Sequence[str]) -> dict[str, torch.nn.Module]:
-    """Return the modules at `paths`, behind the prefix that an adapter's library puts before all of them."""
-    named = dict(module.named_modules())
-    ends = [name for name in named if paths and f".{name}".endswith(f".{paths[0]}")]
-    prefixes = [name.removesuffix(paths[0]) for name in ends]
-    prefix = next((start for start in prefixes if all(start + path in named for path in paths)), "")
-    found = {path: named[prefix + path] for path in paths}
-    return {path: _inner(layer) for path, layer in found.items()}
-
-
-def _inner(layer: torch.nn.Module) -> torch.nn.Module:
-    """Return the base's own layer inside an adapter's, which may change the input before it."""
-    inner = getattr(layer, "base_layer", layer)
-    return inner if isinstance(inner, torch.nn.Module) else layer
-
-
-def _watch(run: _Run, cases: Cases, paths: Sequence[str], seen: Callable[[str, torch.Tensor], None]) -> None:
-    """Run `cases` and call `seen` with every input of the modules at `paths`."""
-
-    def hook(path: str) -> Any:
-        return lambda _module, args: seen(path, args[0])
-
-    handles = [run.layers[path].register_forward_pre_hook(hook(path)) for path in paths]
-    try:
-        with torch.no_grad():
-            for case in cases:
-                run.module(**case)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _owners(run: _Run) -> dict[str, str]:
-    """Return, in the order in which they run, each module's path and that of the first one with the same input."""
-    owner: dict[str, str] = {}
-    last: list[tuple[torch.Tensor, str]] = []
-
-    def seen(path: str, x: torch.Tensor) -> None:
-        if not (last and last[0][0] is x):
-            last[:] = [(x, path)]
-        owner.setdefault(path, last[0][1])
-
-    _watch(run, run.cases[:1], tuple(run.layers), seen)
-    return owner
-
-
-def _parts(owners: Sequence[str], widths: Mapping[str, int], bytes_at_once: int) -> list[list[str]]:
-    """Return the owners in runs whose moments fit `bytes_at_once`, at least one each."""
+def _parts(widths: Mapping[str, int], bytes_at_once: int) -> list[list[str]]:
+    """Return the paths in runs whose moments fit `bytes_at_once`, at least one each."""
     parts: list[list[str]] = []
     room = 0
-    for path in owners:
-        size = 4 * widths[path] ** 2
+    for path, width in widths.items():
+        size = 4 * width**2
         if not parts or size > room:
             parts.append([])
             room = bytes_at_once
@@ -152,16 +104,41 @@ def _parts(owners: Sequence[str], widths: Mapping[str, int], bytes_at_once: int)
 
 
 def _collect(runs: Sequence[_Run], paths: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-    sums: dict[str, torch.Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def seen(path: str, x: torch.Tensor) -> None:
-        flat = x.reshape(-1, x.shape[-1])
-        flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(SHORTEST)
-        product = flat.T @ flat
-        sums[path] = product if path not in sums else sums[path].add_(product)
-        counts[path] = counts.get(path, 0) + flat.shape[0]
-
+    """Return the mean over the runs of each one's mean over its inputs."""
+    totals: dict[str, torch.Tensor] = {}
+    shares: dict[str, int] = {}
     for run in runs:
-        _watch(run, run.cases, paths, seen)
-    return {path: (total / counts[path]).numpy() for path, total in sums.items()}
+        sums: dict[str, torch.Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def seen(
+            path: str,
+            x: torch.Tensor,
+            gradient: torch.Tensor | None,
+            sums: dict[str, torch.Tensor] = sums,
+            counts: dict[str, int] = counts,
+        ) -> None:
+            flat = x.reshape(-1, x.shape[-1])
+            scaled = flat * _weights(flat, gradient).sqrt()
+            product = scaled.T @ scaled
+            sums[path] = product if path not in sums else sums[path].add_(product)
+            counts[path] = counts.get(path, 0) + len(flat)
+
+        run_both_ways(run.module, run.cases, {path: run.layers[path] for path in paths}, seen)
+        for path, total in sums.items():
+            mean = total.div_(counts[path])
+            totals[path] = mean if path not in totals else totals[path].add_(mean)
+            shares[path] = shares.get(path, 0) + 1
+    return {path: (total / shares[path]).numpy() for path, total in totals.items()}
+
+
+def _weights(x: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:
+    """Return how much each input of x float32[positions, in] counts, float32[positions, 1]."""
+    squares = x.square().sum(1, keepdim=True).clamp_min(SHORTEST**2)
+    weights = 1 / squares
+    if gradient is not None:
+        matters = gradient.reshape(len(x), -1).square().sum(1, keepdim=True)
+        all_of_them = (matters * squares).sum()
+        if all_of_them > 0:
+            weights = weights + matters * (len(x) / all_of_them)
+    return weights

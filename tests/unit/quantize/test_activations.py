@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
@@ -27,17 +28,43 @@ class _Net(torch.nn.Module):
         return self.last(one) + two
 
 
-def test_moments_are_of_unit_vectors_and_shared_by_modules_with_one_input() -> None:
+def _expected(x: torch.Tensor, gradient: torch.Tensor) -> np.ndarray:
+    """Return the moments that the definition gives, position by position."""
+    total = np.zeros((x.shape[1], x.shape[1]))
+    matters = [float(g @ g) for g in gradient]
+    scale = len(x) / sum(m * float(row @ row) for m, row in zip(matters, x, strict=True))
+    for row, m in zip(x, matters, strict=True):
+        total += (1 / float(row @ row) + scale * m) * np.outer(row, row)
+    return total / len(x)
+
+
+def test_inputs_count_by_their_length_and_by_what_depends_on_them() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 4) * torch.tensor([[1.0], [50.0], [1.0], [2.0], [3.0]])
     base = base_from_module(_Net(), name="net", example_inputs={"x": x}, dynamic_axes={"x": {0: "batch"}})
 
-    moments = collect_moments(base, [{"x": x}, {"x": 7 * x}])
+    moments = collect_moments(base, [{"x": x}])
+
+    # Random signs at the two outputs: every position matters the same to `last` and `two`, to `one` by the signs.
+    np.testing.assert_allclose(moments["two"], _expected(x, torch.ones(5, 2)), rtol=1e-4)
+    with torch.no_grad():
+        hidden = base.module.one(x)
+    np.testing.assert_allclose(moments["last"], _expected(hidden, torch.ones(5, 2)), rtol=1e-4)
+    assert np.trace(moments["one"]) == pytest.approx(2, rel=1e-4)
+    assert set(moments) == {"one", "two", "last"}
+    again = collect_moments(base, [{"x": x}])
+    assert all(np.array_equal(moments[path], again[path]) for path in moments)
+
+
+def test_a_layer_that_nothing_depends_on_has_inputs_of_length_one() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    base = base_from_module(_Net(), name="net", example_inputs={"x": x}, dynamic_axes={"x": {0: "batch"}})
+    with torch.no_grad():
+        base.module.last.weight.zero_()
 
     unit = (x / x.norm(dim=1, keepdim=True)).numpy()
-    np.testing.assert_allclose(moments["one"], unit.T @ unit / 5, rtol=1e-5, atol=1e-7)
-    assert moments["one"] is moments["two"]
-    assert set(moments) == {"one", "two", "last"}
+    np.testing.assert_allclose(collect_moments(base, [{"x": x}])["one"], unit.T @ unit / 5, rtol=1e-5, atol=1e-7)
 
 
 def _adapted(base: object, tmp_path: Path) -> torch.nn.Module:
@@ -61,23 +88,22 @@ def test_moments_are_of_the_base_and_of_every_adapter(tmp_path: Path) -> None:
 
     moments = collect_moments(base, [{"x": x}], adapted=[(adapted, [{"x": x}])])
 
-    rows = torch.cat([plain, seen[0]]).detach()
-    unit = (rows / rows.norm(dim=1, keepdim=True)).numpy()
-    np.testing.assert_allclose(moments["last"], unit.T @ unit / 10, rtol=1e-5, atol=1e-7)
+    ones = torch.ones(5, 2)
+    of_base, of_adapter = _expected(plain, ones), _expected(seen[0].detach(), ones)
+    np.testing.assert_allclose(moments["last"], (of_base + of_adapter) / 2, rtol=1e-4)
     only = collect_moments(base, [], adapted=[(adapted, [{"x": x}])])
-    unit = (seen[0] / seen[0].norm(dim=1, keepdim=True)).detach().numpy()
-    np.testing.assert_allclose(only["last"], unit.T @ unit / 5, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(only["last"], of_adapter, rtol=1e-4)
 
 
 def test_little_memory_costs_more_runs_and_gives_the_same() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 4)
     base = base_from_module(_Net(), name="net", example_inputs={"x": x}, dynamic_axes={"x": {0: "batch"}})
-    at_once = dict(collect_moments(base, [{"x": x}]))
+    at_once = dict(collect_moments(base, [{"x": x}, {"x": x}]))
     runs: list[int] = []
     base.module.register_forward_pre_hook(lambda *_: runs.append(1))
-    bit_by_bit = collect_moments(base, [{"x": x}, {"x": x}], bytes_at_once=1)
+    bit_by_bit = dict(collect_moments(base, [{"x": x}, {"x": x}], bytes_at_once=1))
 
     for path, moment in at_once.items():
         np.testing.assert_allclose(bit_by_bit[path], moment, rtol=1e-6)
-    assert len(runs) == 1 + 2 * 2  # to see what shares an input, then two cases for each of two inputs
+    assert len(runs) == 2 * 3  # two cases for each of three layers
