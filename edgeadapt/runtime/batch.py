@@ -46,6 +46,7 @@ class Request:
         self.options = options
         self.writer = writer
         self.content: ContentKey = ()  # known once it is read, if there is a prefix cache
+        self.promoted = False
         self.cached_tokens = 0
         self.guessed_tokens = 0
         self._batch = batch
@@ -196,6 +197,7 @@ class Batch:
             whole = first + len(chunk) == len(request.ids)
             left -= len(chunk)
             logits = self._step(self._bindings.one(request.key), [chunk], row, wanted=whole)
+            self._session.count_tokens(request.key, len(chunk))
             if whole:
                 self._join(request, row)
                 request.advance(logits[0, -1])
@@ -210,6 +212,7 @@ class Batch:
             request = self._waiting.popleft()
             if self._prefixes is not None:
                 request.content = self._session.content_of(request.key)
+                request.promoted = self._session.is_promoted(request.key)
                 request.cached_tokens = self._prefixes.restore(request.content, request.ids, row)
             self._reading = (request, row)
         return self._reading
@@ -247,6 +250,7 @@ class Batch:
                 break
         row.shorten(0, past + written)  # keys of wrong guesses are written over
         request.learn(len(guess), written - 1)
+        self._session.count_tokens(request.key, written)
 
     def _write_one_each(self) -> None:
         ids = [[request.writer.token_ids[-1]] for request in self._writing]
@@ -261,6 +265,7 @@ class Batch:
             logits = np.concatenate(each)
         for row, request in enumerate(self._writing):
             request.advance(logits[row, -1])
+            self._session.count_tokens(request.key, 1)
 
     def _step(self, binding: Any, ids: list[list[int]], cache: SharedCache, *, wanted: bool = True) -> Array:
         spec = self._session.require_decoder()
@@ -276,6 +281,7 @@ class Batch:
         self._writing.pop()
 
     def _remember(self, row: int) -> None:
-        if self._prefixes is not None:
-            request = self._writing[row]
+        request = self._writing[row]
+        # keys of which some were computed before a promotion and some after it are of no one content
+        if self._prefixes is not None and request.promoted == self._session.is_promoted(request.key):
             self._prefixes.store(request.content, request.tokens, self._cache.part(row, 1))

@@ -488,8 +488,20 @@ class Session:
         return Batch(self, rows, min(max_length, self.require_decoder().max_length))
 
     def content_of(self, key: AdapterKey) -> ContentKey:
-        """Return what `key` binds, as digests with weights: the same for the same tensors under any name."""
-        return tuple(sorted((self._residents.digest(name), weight) for name, weight in key))
+        """Return what `key` binds, as digests with weights: the same for the same tensors under any name.
+
+        Promoted weights are rounded anew, so what they compute is a content of its own.
+        """
+        digests = tuple(sorted((self._residents.digest(name), weight) for name, weight in key))
+        return (*digests, ("promoted", 1.0)) if self.is_promoted(key) else digests
+
+    def is_promoted(self, key: AdapterKey) -> bool:
+        """Return whether `binding` gives promoted weights for `key`."""
+        return key == self._key and self._promoted is not None
+
+    def count_tokens(self, key: AdapterKey, tokens: int) -> None:
+        """Take in that an adapter has run `tokens` tokens; enough of them promote it, where that was asked for."""
+        self._promoter.count(key, tokens)
 
     def is_active(self, key: AdapterKey) -> bool:
         """Return whether `use` chose what `key` stands for."""
