@@ -1,8 +1,8 @@
 """A measured child process: python child.py ENGINE_FILE. One JSON request per line in, one JSON answer per line out.
 
 Only the standard library: it runs in each engine's own environment. All timing of calls happens here, the same way for
-every engine; an engine only does the work (README.md, "An engine"). An exception becomes {"error": ...}, so that the parent
-records a failure instead of losing the run.
+every engine; an engine only does the work (README.md says what it has to have). An exception becomes {"error": ...}, so
+that the parent records a failure instead of losing the run.
 """
 
 from __future__ import annotations

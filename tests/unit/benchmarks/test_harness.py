@@ -260,3 +260,36 @@ def test_a_random_adapter_is_one_that_edgeadapt_reads(tmp_path: Path) -> None:
     (adapter,) = read_adapters(target)
     assert adapter.name == "a"
     assert len(adapter.tensors) == 2 * 3 * 2
+
+
+def test_every_engine_has_what_the_harness_asks_for(root: Path) -> None:
+    from child import load_engine
+
+    before = set(sys.modules)
+    engines = {path.stem: load_engine(path) for path in (root / "benchmarks" / "engines").glob("*.py")}
+    assert {"edgeadapt", "genai", "llamacpp", "openvino", "optimum", "peft"} <= engines.keys()
+    for engine in engines.values():
+        for name in ("LABEL", "PACKAGES", "MODULES", "VERSIONS", "SWITCHES_AT_ONCE", "EVERY", "prepare", "files"):
+            assert hasattr(engine, name), (engine, name)
+        assert engine.CONFIGURATIONS
+        asked = "generate" if engine.WHOLE else "decode"
+        assert all(hasattr(engine.Engine, name) for name in ("use", "forget", "prefill", asked, "logits"))
+    # The parent reads them in its own environment: nothing of an engine's may be imported.
+    heavy = {"onnxruntime_genai", "openvino_genai", "llama_cpp", "optimum"}
+    assert not heavy & (set(sys.modules) - before)
+
+
+def test_engines_are_chosen_with_their_configurations(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import _arguments
+
+    assert _arguments(["--engines", "peft,edgeadapt:int8,edgeadapt:int4"]).engines == {
+        "peft": [],
+        "edgeadapt": ["int8", "int4"],
+    }
+    for words, message in (
+        ("onnx", "unknown engine 'onnx'; known: edgeadapt, genai, llamacpp, openvino, optimum, peft"),
+        ("genai:q4", "genai has no configuration 'q4'; known: int8, int4"),
+    ):
+        with pytest.raises(SystemExit):
+            _arguments(["--engines", words])
+        assert message in capsys.readouterr().err
