@@ -43,7 +43,7 @@ def text_of(result: Mapping[str, Any]) -> str:
         shapes_section(others.get("shapes")),
         f"## What failed\n\n{_failures(figures)}",
         f"## Noise\n\n{_noise(figures)}",
-        _TAIL,
+        _more(),
     ]
     return "\n\n".join(sections).rstrip() + "\n"
 
@@ -222,6 +222,16 @@ def _failures(f: Figures) -> str:
     return "\n".join(lines)
 
 
+def _more() -> str:
+    """Links to the pages on single questions."""
+    pages = []
+    for path in sorted((DOCS / "benchmarks").glob("*.md")):
+        title = path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ")
+        pages.append(f"- [{title}](benchmarks/{path.name})")
+    pages.append("- How a run works, how to add an engine, and the traps: `benchmarks/README.md`")
+    return "\n".join(["## More\n", *pages])
+
+
 def _one_line(message: str) -> str:
     return " ".join(message.replace("`", "'").split())[-400:]
 
@@ -287,13 +297,5 @@ _MADE = """From the base to files that the engine opens, with two adapters of ra
 seconds and the largest process's peak memory. edgeadapt's export includes its comparison with torch and its quality
 table. The adapters' training, the float32 checkpoint that the peers start from, and building llama.cpp are not
 counted."""
-_TAIL = """## More
-
-- [Architectures](benchmarks/architectures.md): parity in float32 of every supported architecture.
-- [SmolLM2 with two adapters](benchmarks/smollm2.md): parity by way of running, quality by scheme, greedy tokens beside
-  PEFT's.
-- How to run it, and how to add an engine: `benchmarks/README.md`."""
-
-
 if __name__ == "__main__":
     write()
