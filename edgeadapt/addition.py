@@ -79,7 +79,12 @@ def add_adapter(
         session.lend(found.name, bundles.as_stored(tensors, manifest.adapter_dtype))
         golden = record_golden(session, found.name)
     with progress.stage("write"):
-        return bundles.insert_adapter(opened, found.name, tensors, record, golden, replace=force)
+        changed = bundles.insert_adapter(opened, found.name, tensors, record, golden, replace=force)
+    if any(opened.has_patch(other) for other in opened.adapter_names):
+        progress.note(
+            f"{found.name} has no patch and cannot be promoted: only an export makes patches, from the float base"
+        )
+    return changed
 
 
 def remove_adapter(bundle: Bundle | Path | str, name: str, *, progress: Progress = SILENT) -> Bundle:

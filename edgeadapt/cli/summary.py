@@ -39,7 +39,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
 
 def show_bundle(bundle: Any, *, as_json: bool, quiet: bool) -> None:
     """Show a bundle: JSON on stdout, or tables on stderr, or nothing."""
-    summary = summarize(bundle.manifest)
+    summary = {**summarize(bundle.manifest), "patches": _patches(bundle)}
     if as_json:
         output.result_json({"path": str(bundle.path), **summary})
     elif not quiet:
@@ -65,8 +65,25 @@ def _show_tables(path: str, summary: dict[str, Any]) -> None:
         for name, record in summary["adapters"].items()
     ]
     output.table("Adapters", adapters)
+    patches = [{"adapter": name, **found} for name, found in summary["patches"].items()]
+    if patches:
+        output.table("Patches: what promotion changes in the weights", patches)
     rows = [{**_LEADING, **row, "adapter": row.get("adapter") or "(base)"} for row in summary["quality"]]
     output.table("Quality: quantized, against torch in float32", rows)
+
+
+def _patches(bundle: Any) -> dict[str, Any]:
+    """Return the size of each adapter's patch, and how small it could be."""
+    found = {name: bundle.patch(name) for name in bundle.adapter_names if bundle.has_patch(name)}
+    return {
+        name: {
+            "bytes": bundle.manifest.files[f"adapters/{name}/patch.bin"].size,
+            "entropy_bytes": patch.entropy_bytes,
+            "codes": patch.codes,
+            "changed": patch.changed,
+        }
+        for name, patch in found.items()
+    }
 
 
 def _pruned(cut: dict[str, Any] | None) -> str | None:
