@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
+import onnx_ir as ir
 import torch
 
 from edgeadapt import registry
@@ -16,7 +16,9 @@ from edgeadapt.export.passes.drop_reshapes import drop_reshapes
 from edgeadapt.export.passes.fuse import fuse
 from edgeadapt.export.passes.gather_positions import gather_positions
 from edgeadapt.export.passes.lower_helpers import lower_helpers, set_defaults
-from edgeadapt.export.trace import markers, trace_to_onnx
+from edgeadapt.export.repeats import find_repeat, shorten, shortened
+from edgeadapt.export.stamp import stamp
+from edgeadapt.export.trace import Trace, markers, trace_to_onnx
 from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.progress import SILENT, Progress
 
@@ -47,23 +49,31 @@ def export_graph(base: BaseModel, *, replaced: Iterable[str] = (), progress: Pro
         ExportError: if no task claims the base, or torch cannot trace it.
     """
     task = task_of(base)
-    seconds: dict[str, float] = {}
+    names = tuple(replaced)
     models = {}
     tracing = getattr(task, "tracing", contextlib.nullcontext)
     with torch.no_grad(), tracing(base):
-        traces = task.traces(base)
-        for role, trace in traces.items():
-            start = time.perf_counter()
-            with progress.stage(f"trace {role}"), markers(base.module, base.modules, tuple(replaced)):
-                model = trace_to_onnx(trace)
-            seconds[f"trace_{role}_s"] = time.perf_counter() - start
-            start = time.perf_counter()
-            with progress.stage(f"fuse {role}"):
-                lower_helpers(model)
-                model = fuse(model)
-                drop_reshapes(model)
-                gather_positions(model)
-                set_defaults(model)
-            seconds[f"fuse_{role}_s"] = time.perf_counter() - start
-            models[role] = model
-    return Graph(models=models, task=base.task, generation=task.generation(base), seconds=seconds)
+        for role, trace in task.traces(base).items():
+            with progress.stage(f"trace {role}"), markers(base.module, base.modules, names):
+                models[role] = _model(base.module, trace, names)
+    return Graph(models=models, task=base.task, generation=task.generation(base))
+
+
+def _model(module: torch.nn.Module, trace: Trace, replaced: Sequence[str]) -> ir.Model:
+    """Return the fused model of one trace; of equal layers only the first few are traced."""
+    repeat = find_repeat(module, trace)
+    if repeat is not None and not any(name.startswith(f"{repeat.path}.") for name in replaced):
+        with shortened(module, repeat) as stand_ins:
+            model = _fused(trace_to_onnx(shorten(trace)))
+        if stamp(model, repeat, trace, module, stand_ins):
+            return model
+    return _fused(trace_to_onnx(trace))
+
+
+def _fused(model: ir.Model) -> ir.Model:
+    lower_helpers(model)
+    model = fuse(model)
+    drop_reshapes(model)
+    gather_positions(model)
+    set_defaults(model)
+    return model

@@ -167,7 +167,6 @@ class _Decoder(torch.nn.Module):
     def __init__(self, base: BaseModel, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         super().__init__()
         self.module = base.module
-        self.layers = base.config.num_hidden_layers
         self.rotary = rotary is not None
         if rotary is not None:
             self.cos_cache: torch.Tensor
@@ -200,7 +199,7 @@ class _Decoder(torch.nn.Module):
             cache_position=positions,
             logits_to_keep=kept,
         )
-        present = [tensor for layer in range(self.layers) for tensor in step.present[layer]]
+        present = [tensor for layer in sorted(step.present) for tensor in step.present[layer]]
         return (result.logits, *present)
 
 

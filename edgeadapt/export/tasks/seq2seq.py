@@ -118,19 +118,18 @@ def _encoder_trace(base: BaseModel, layers: int, speech: bool) -> Trace:
 class _Decoder(torch.nn.Module):
     """decoder_input_ids, [encoder_attention_mask], cross..., past... -> logits, present..."""
 
-    def __init__(self, base: BaseModel, layers: int, masked: bool) -> None:
+    def __init__(self, base: BaseModel, masked: bool) -> None:
         super().__init__()
         self.module = base.module
-        self.layers = layers
         self.masked = masked
         self.width = int(base.config.d_model)
 
     def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
         ids, rest = args[0], list(args[1:])
         mask = rest.pop(0) if self.masked else None
-        cross, past = rest[: 2 * self.layers], rest[2 * self.layers :]
+        cross, past = rest[: len(rest) // 2], rest[len(rest) // 2 :]
         cache = EncoderDecoderCache(_filled(past), _filled(cross))
-        cache.is_updated = dict.fromkeys(range(self.layers), True)
+        cache.is_updated = dict.fromkeys(range(len(past) // 2), True)
         seen = past[0].shape[2]
         # The encoder's states are read only for their length here: keys and values come from the cache.
         hidden = torch.zeros(ids.shape[0], cross[0].shape[2], self.width)
@@ -172,4 +171,4 @@ def _decoder_trace(base: BaseModel, layers: int, heads: int, dim: int, speech: b
     for name in _cache_names("present", layers):
         outputs.append(name)
         output_axes[name] = {0: "batch", 2: "total_sequence"}
-    return Trace(_Decoder(base, layers, not speech), inputs, axes, tuple(outputs), output_axes)
+    return Trace(_Decoder(base, not speech), inputs, axes, tuple(outputs), output_axes)
