@@ -7,7 +7,6 @@ former ones. SmolLM2 is calibrated on Python's own help topics and on training e
 measured on the built-in texts and on held-out examples; MiniLM on the training and test descriptions of its adapters.
 """
 
-# ruff: noqa: SLF001 - the pipeline's own steps, one by one: what is measured is what is exported
 from __future__ import annotations
 
 import argparse
@@ -29,10 +28,14 @@ sys.path.insert(0, str(ROOT / "recipes" / "training"))
 import json_task  # noqa: E402
 import sql_task  # noqa: E402
 
-from edgeadapt import pipeline  # noqa: E402
 from edgeadapt.adapters.resolve import resolve  # noqa: E402
 from edgeadapt.export.export import export_graph  # noqa: E402
 from edgeadapt.fields import to_mapping  # noqa: E402
+from edgeadapt.pipeline.inputs import load_base, named_adapters, read_samples  # noqa: E402
+from edgeadapt.pipeline.job import Job  # noqa: E402
+from edgeadapt.pipeline.measure import quality_rows  # noqa: E402
+from edgeadapt.pipeline.precision import choose_mix, moments_of  # noqa: E402
+from edgeadapt.pipeline.write import open_written, write_base  # noqa: E402
 from edgeadapt.progress import SILENT  # noqa: E402
 from edgeadapt.quality.calibration import built_in  # noqa: E402
 from edgeadapt.quantize.quantize import quantize  # noqa: E402
@@ -102,21 +105,21 @@ def _measure(model: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe, calibration, evaluation = MODELS[model](folder)
-        adapters = pipeline._read_adapters(recipe)
-        base = pipeline._load_base(recipe, adapters, None, SILENT)
+        adapters = named_adapters(recipe)
+        base = load_base(recipe, adapters, None, SILENT)
         resolved = [resolve(adapter, base.modules, base_name=base.name) for adapter in adapters]
-        job = pipeline._Job(recipe, base, adapters, resolved, built_in())
+        job = Job(recipe, base, adapters, resolved, built_in())
         graph = export_graph(base, replaced=job.replaced, progress=SILENT)
         held_out = {
-            path: dataclasses.replace(job, samples=pipeline._samples(dataclasses.replace(recipe, calibrate=path), base))
+            path: dataclasses.replace(job, samples=read_samples(dataclasses.replace(recipe, calibrate=path), base))
             for path in evaluation
         }
         ends = {name: quantize(graph, name)[1]["bytes_after"] for name in ("int4", "int8")}
         for setting in settings:
             started = time.perf_counter()
             fitted = _fitted(job, setting, calibration, ends)
-            moments = pipeline._moments(fitted)
-            raised = pipeline._mix(fitted, graph, moments, folder / "trial", SILENT)
+            moments = moments_of(fitted)
+            raised = choose_mix(fitted, graph, moments, folder / "trial", SILENT)
             quantized, record = quantize(
                 graph,
                 setting.quantize,
@@ -126,9 +129,9 @@ def _measure(model: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
                 raised=raised,
             )
             seconds = time.perf_counter() - started
-            draft = pipeline._write_base(job, quantized, record, folder / "bundle")
-            with pipeline._session(job, draft, folder / "bundle", keep_graphs=False) as session:
-                tables = {path.stem: pipeline._quality_rows(texts, session) for path, texts in held_out.items()}
+            draft = write_base(job, quantized, record, folder / "bundle")
+            with open_written(job, draft, folder / "bundle", keep_graphs=False) as session:
+                tables = {path.stem: quality_rows(texts, session) for path, texts in held_out.items()}
             for texts, row in ((name, row) for name, table in tables.items() for row in table):
                 print(model, setting.name, texts, row.adapter, row.mean_kl, row.top1, row.accuracy, flush=True)
                 yield {
@@ -151,7 +154,7 @@ def _fitted(job: Any, setting: Setting, calibration: Mapping[str, Path], ends: M
         job.recipe, quantize=setting.quantize, calibrate=path, max_bytes=budget, max_kl=setting.max_kl
     )
     adapters = () if setting.samples == "general" else job.adapters
-    return dataclasses.replace(job, recipe=recipe, adapters=adapters, samples=pipeline._samples(recipe, job.base))
+    return dataclasses.replace(job, recipe=recipe, adapters=adapters, samples=read_samples(recipe, job.base))
 
 
 def _smollm2(folder: Path) -> tuple[Recipe, dict[str, Path], list[Path]]:

@@ -1,0 +1,98 @@
+"""How many bits each weight gets: calibration, and the mix of 4 and 8 bits."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Job, cases_of
+from edgeadapt.pipeline.measure import quality_rows
+from edgeadapt.pipeline.write import open_written, write_base
+from edgeadapt.progress import Progress
+from edgeadapt.quality.calibration import samples_of, split
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeadapt.export.graph import Graph
+
+Array = NDArray[Any]
+CALIBRATION_TOKENS_PER_TEXT = 512
+CASES_WEIGHED = 32
+"""Samples that tell how much each layer matters: an average over a thousand tokens or two is steady enough."""
+
+
+def moments_of(job: Job) -> Mapping[str, Array] | None:
+    """Return second moments of the modules' inputs on the user's samples, None where the scheme does not need them."""
+    if not job.calibrates:
+        return None
+    from edgeadapt.export.activations import collect_moments
+
+    cases, adapted = _calibration_runs(job, CALIBRATION_TOKENS_PER_TEXT)
+    return collect_moments(job.base, cases, adapted=adapted)
+
+
+def _calibration_runs(
+    job: Job, tokens_per_text: int
+) -> tuple[list[dict[str, torch.Tensor]], list[tuple[torch.nn.Module, list[dict[str, torch.Tensor]]]]]:
+    """Return what the base runs on, and each adapter with what it runs on: the weights serve them all."""
+    from edgeadapt.merging.reference import adapted_module
+
+    samples = split(job.samples)[0] if job.calibrates else job.samples
+    if job.recipe.merge:
+        return cases_of(job, samples_of(samples, job.adapters[0].name), tokens_per_text), []
+    adapted = [
+        (adapted_module(job.base, adapter), cases_of(job, samples_of(samples, adapter.name), tokens_per_text))
+        for adapter in job.adapters
+    ]
+    return cases_of(job, samples_of(samples, None), tokens_per_text), adapted
+
+
+def choose_mix(
+    job: Job, graph: Graph, moments: Mapping[str, Array] | None, folder: Path, progress: Progress
+) -> frozenset[str]:
+    """Return the paths of the modules that get 8 bits where int4 gives 4, as `max_bytes` and `max_kl` ask for.
+
+    Raises:
+        QuantizeError: naming the best that there is, if the limits cannot be kept.
+    """
+    recipe = job.recipe
+    if recipe.quantize != "int4" or (recipe.max_bytes is None and recipe.max_kl is None):
+        return frozenset()
+    from edgeadapt.export.importance import collect_importance
+    from edgeadapt.quality.fit import fit
+    from edgeadapt.quantize.mixed import rank_groups
+    from edgeadapt.quantize.quantize import quantize
+
+    with progress.stage("weigh layers"):
+        cases, adapted = _calibration_runs(job, TOKENS_PER_TEXT)
+        few = [(module, own[:CASES_WEIGHED]) for module, own in adapted]
+        importance = collect_importance(job.base, cases[:CASES_WEIGHED], adapted=few)
+    mix = rank_groups(
+        graph, importance, keep=recipe.keep, moments=moments, block_size=recipe.block_size, progress=progress
+    )
+
+    def measure(count: int) -> float:
+        trial, record = quantize(
+            graph,
+            "int4",
+            keep=recipe.keep,
+            moments=moments,
+            block_size=recipe.block_size,
+            raised=mix.raised(count),
+            progress=progress,
+        )
+        try:
+            draft = write_base(job, trial, record, folder)
+            with open_written(job, draft, folder, keep_graphs=False) as session:
+                worst = max((row.mean_kl or 0.0 for row in quality_rows(job, session)), default=0.0)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        progress.note(f"{count} of {len(mix.groups)} groups in 8 bits: {mix.bytes(count)} bytes, mean KL {worst:.4g}")
+        return worst
+
+    return mix.raised(fit(mix, max_bytes=recipe.max_bytes, max_kl=recipe.max_kl, measure=measure))
