@@ -74,7 +74,12 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.fixture
 def bundle(manifest: Manifest, tmp_path: Path) -> SimpleNamespace:
     """What `open_bundle` gives, as far as the command line looks at it."""
-    return SimpleNamespace(path=tmp_path / "tiny.bundle", manifest=manifest)
+    return SimpleNamespace(
+        path=tmp_path / "tiny.bundle",
+        manifest=manifest,
+        adapter_names=tuple(manifest.adapters),
+        has_patch=lambda _name: False,
+    )
 
 
 def lines(text: str) -> Sequence[str]:
