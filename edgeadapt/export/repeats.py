@@ -116,7 +116,11 @@ def find_repeat(module: torch.nn.Module, trace: Trace) -> Repeat | None:
         stack = module.get_submodule(path)
         assert isinstance(stack, torch.nn.ModuleList)
         short = _record(shorten(trace), {path: stack})
-    same_around = (record.before, record.after, record.results) == (short.before, short.after, short.results)
+    same_around = short.complete and (record.before, record.after, record.results) == (
+        short.before,
+        short.after,
+        short.results,
+    )
     return repeat if same_around and _same(short, path, record.layers[path, 1]) else None
 
 
@@ -147,7 +151,8 @@ class _Record:
     layers: per (stack, index), in the order of the calls; layers' numbers as distances, so that equal code is equal
     before, after: outside of the layers
     results: where the outputs come from, those of layers by (name without number, origin within the layer)
-    complete: False if something happened between two layers, or a tensor's origin is not known
+    complete: False if something happened between two layers, what follows reads another layer than the last, or a
+        tensor's origin is not known
     """
 
     layers: dict[tuple[str, int], list[Hashable]]
@@ -172,7 +177,8 @@ def _record(trace: Trace, stacks: Mapping[str, torch.nn.ModuleList]) -> _Record:
     finally:
         for handle in handles:
             handle.remove()
-    return recorder.finish(dict(zip(trace.outputs, results, strict=True)))
+    names = trace.outputs or tuple(f"output_{index}" for index in range(len(results)))
+    return recorder.finish(dict(zip(names, results, strict=True)))
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's own
@@ -189,7 +195,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's o
             self.origins[tensor] = ("weight", name, str(tensor.dtype), tuple(tensor.shape), tensor.stride())
 
     def enter(self, at: tuple[str, int]) -> None:
-        if self.at is not None or at in self.record.layers:
+        if self.at is not None or at in self.record.layers or self.record.after:
             self.record.complete = False
         self.at = at
         self.record.layers[at] = []
@@ -249,11 +255,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's o
         return (kind, *rest)
 
     def _distance(self, layer: int) -> int | str:
-        """Return how far back `layer` is; outside of the layers, whether it is the last one."""
+        """Return how far back `layer` is. What comes after the layers may read the last one only."""
         if self.at is not None:
             return layer - self.at[1]
-        last = max(index for _, index in self.record.layers)
-        return "last" if layer == last else layer
+        if layer != max(index for _, index in self.record.layers):
+            self.record.complete = False
+        return "last"
 
     def _constant(self, value: torch.Tensor) -> Hashable:
         """Return the values of a tensor that no operator made."""

@@ -154,14 +154,14 @@ class _Rule:
         Raises:
             _DifferError: at the first difference.
         """
-        before, pattern, copy = (set(part) for part in (parts[PATTERN - 1], parts[PATTERN], parts[COPY]))
-        _require(len(pattern) == len(copy))
+        pattern = set(parts[PATTERN])
+        _require(len(parts[PATTERN]) == len(parts[COPY]))
         for one, other in zip(parts[PATTERN], parts[COPY], strict=True):
             _require(one.op_identifier() == other.op_identifier() and one.version == other.version)
             _require(len(one.inputs) == len(other.inputs) and len(one.outputs) == len(other.outputs))
             self._attributes(one, other)
             for a, b in zip(one.inputs, other.inputs, strict=True):
-                self._input(a, b, before, pattern)
+                self._input(a, b, pattern)
             self.made.update(zip(one.outputs, other.outputs, strict=True))
 
     def _attributes(self, one: ir.Node, other: ir.Node) -> None:
@@ -175,7 +175,7 @@ class _Rule:
             else:
                 _require(attribute.type == other.attributes[name].type and mine == its)
 
-    def _input(self, a: ir.Value | None, b: ir.Value | None, before: set[ir.Node], pattern: set[ir.Node]) -> None:
+    def _input(self, a: ir.Value | None, b: ir.Value | None, pattern: set[ir.Node]) -> None:
         if a is None or b is None:
             _require(a is b)
             return
@@ -183,8 +183,8 @@ class _Rule:
         if mine is not None and mine in pattern:
             _require(self.made.get(a) is b)
         elif its is not None and its in pattern:
-            # What layer 0 hands to layer 1 is what layer 1 hands to layer 2.
-            _require(mine in before and self.handed.setdefault(a, b) is b)
+            # What comes to layer 1 from before (of layer 0, or an input of the model) comes to layer 2 from layer 1.
+            _require(self.handed.setdefault(a, b) is b)
         elif mine is None and its is None and a is not b:
             self._constant(a, b)
         else:
@@ -303,7 +303,7 @@ class _Stamper:
                 name, old.name = str(old.name), None
                 new.name, self.outputs[name] = name, new
         self.graph.inputs[:] = [self.inputs[name] for name in trace.inputs]
-        self.graph.outputs[:] = [self.outputs[name] for name in trace.outputs]
+        self.graph.outputs[:] = [self.outputs[name] for name in trace.outputs or self.outputs]
         self._order_constants()
         self.graph.sort()
 

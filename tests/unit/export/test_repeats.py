@@ -206,10 +206,12 @@ class _Stack(torch.nn.Module):
             x = block(x, 0.5 if self.kind == "argument" and index == 4 else 1.0)
             if (self.kind == "early" and index == 1) or (self.kind == "late" and index == 4):
                 kept = x
-        return x + kept if self.kind in ("early", "late") else x
+            if self.kind == "beside" and index == 1:
+                kept = x * 3
+        return x + kept if self.kind in ("early", "late", "beside") else x
 
 
-@pytest.mark.parametrize("kind", ["plain", "between", "argument", "wider", "early", "late"])
+@pytest.mark.parametrize("kind", ["plain", "between", "beside", "argument", "wider", "early", "late"])
 def test_a_layer_that_differs_is_seen(kind: str, seen: list[Any]) -> None:
     torch.manual_seed(0)
     stack = _Stack(kind)
@@ -218,7 +220,6 @@ def test_a_layer_that_differs_is_seen(kind: str, seen: list[Any]) -> None:
 
     model = export_graph(base).models["model"]
 
-    assert (seen[0] is not None) == (kind in ("plain", "early"))
-    assert seen[1:] == {"plain": [True], "early": [False]}.get(kind, [])
+    assert seen == ([Repeat("blocks", LAYERS), True] if kind == "plain" else [None])
     sites = [node.attributes["site"].as_string() for node in model.graph if node.op_type == "AdapterSite"]
     assert sites == [f"blocks.{index}.{name}" for index in range(LAYERS) for name in ("up", "down")]
