@@ -272,6 +272,17 @@ def _measure_extras(run: Run, cells: list[Cell], material: Material, workload: A
             call = partial(cell.side.ask, do="extra", name="mixed_batch", runs=2 if run.args.quick else 5, **request)
             extras[f"mixed_batch_{scheme}"] = attempt(cell.side, "batch of 16 rows", run.failures, call)
     folder = run.args.work / "edgeadapt-int8" / "model.bundle"
+    if "edgeadapt" in run.args.engines and not run.args.quick:
+        run.say("an export without patches")
+        target = run.args.work / "plain.bundle"
+        adapters = [material.adapters[name] for name in ("sql", "json")]
+        command = [sys.executable, "-m", "edgeadapt", "export", *adapters, "--base", str(material.base)]
+        status, cost, _, told = measured_run([*command, "-o", str(target), "--quantize", "int8", "--force", "--quiet"])
+        shutil.rmtree(target, ignore_errors=True)
+        if status:
+            run.fail("edgeadapt int8", "export without patches", told)
+        else:
+            extras["export"] = cost
     if folder.exists() and "edgeadapt" in run.args.engines:
         run.say("adding an adapter to a bundle")
         copy = run.args.work / "added.bundle"

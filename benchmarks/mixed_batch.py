@@ -37,7 +37,9 @@ def main() -> None:
             "scheme": session.bundle.manifest.quantization["scheme"],
             "threads": options.threads,
             "past": options.past,
-            "adapter_bytes": sum(t.numpy().nbytes for t in session.adapter_tensors(session.key_of(names[0])).values()),
+            "adapter_bytes": sum(
+                t.numpy().nbytes for t in session.active.adapter_tensors(session.active.key_of(names[0])).values()
+            ),
             "rows": {str(rows): _measure(session, names, rows, options) for rows in options.rows},
         }
     print(json.dumps(result, indent=2))
@@ -59,7 +61,7 @@ def _adapters(session: Session, count: int) -> list[str]:
 
 
 def _measure(session: Session, names: list[str], rows: int, options: argparse.Namespace) -> dict[str, object]:
-    keys = [session.key_of(name) for name in names[:rows]]
+    keys = [session.active.key_of(name) for name in names[:rows]]
     bindings = RowBindings(session, rows)
     forms = {
         "none": bindings.one(()),

@@ -82,8 +82,9 @@ Generated from `benchmarks/results/` by `scripts/benchmark` on {f.result["date"]
   every linear (210 modules), prompts of {setting["prompt_tokens"]} and {setting["long_prompt_tokens"]} tokens,
   {setting["new_tokens"]} new tokens, greedy, {setting["threads"]} threads.
 - **How**: every engine in an environment and processes of its own, all alive, one asked at a time, 16 decoded tokens in
-  turn, the order rotating every round. {used} are used. Figures are medians (quartiles); ratios are medians of paired
-  rounds with a 95 % bootstrap interval. Engines run with their own defaults but for the number of threads.{quick}"""
+  turn, the order rotating every round. {used} are used.
+  Figures are medians (quartiles); ratios are medians of paired rounds with a 95 % bootstrap interval. Engines run with
+  their own defaults but for the number of threads.{quick}"""
 
 
 def _bar_row(bar: Any) -> dict[str, str]:
@@ -290,12 +291,12 @@ _PROMOTION = """A prompt of 128 tokens and 32 tokens in slots, then `session.pro
 decoding goes on. The promoted form is rounded with the adapter in it, so its tokens may differ from those in slots."""
 _MEMORY = """Medians of fresh processes, files in the page cache; memory from `/proc/PID/smaps_rollup`, read by the
 parent. RSS counts shared pages whole, PSS divides them by the processes that share them (files mapped by one process
-alone count whole). *loaded*: before the first token; *used*: after 128 tokens of prompt and 16 decoded."""
+alone count whole). *loaded*: before the first token; *used*: after two prompts of 128 tokens and 16 decoded."""
 _SEVERAL = """The sum of the proportional memory (PSS) of 1, 2 and 4 processes that hold the same model with an adapter
 and have used it."""
 _MADE = """From the base to files that the engine opens, with two adapters of rank 16: the whole process tree's CPU
-seconds and the largest process's peak memory. edgeadapt's export includes its comparison with torch and its quality
-table. The adapters' training, the float32 checkpoint that the peers start from, and building llama.cpp are not
-counted."""
+seconds and the largest process's peak memory. edgeadapt's export includes its comparison with torch, its quality
+table and patches for both adapters (the bar above is an export without patches). The adapters' training, the float32
+checkpoint that the peers start from, and building llama.cpp are not counted."""
 if __name__ == "__main__":
     write()
