@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 FAR = 4.0
-"""Times the divergence of the adapter beside the base. Rounding once more costs up to 2, a change that the base's scales
-cannot hold costs hundreds (measured on random models)."""
+"""Times the divergence of the adapter beside the base. Rounding once more costs up to 2; a change that is too large for
+the base's scales costs hundreds (measured on random models)."""
 
 
 def variants_of(base: BaseModel, adapters: Sequence[ResolvedAdapter]) -> list[Variant]:
