@@ -145,7 +145,7 @@ class Batch:
         """
         chosen = sampling(options)
         ids = prompt_ids(self._session.text, prompt, chosen.chat)
-        return self.take(ids, self._session.key_of(adapter), chosen)
+        return self.take(ids, self._session.active.key_of(adapter), chosen)
 
     def take(self, ids: list[int], key: AdapterKey, options: Sampling) -> Request:
         """Take a request in; see `submit`, which makes a prompt and options what is wanted here."""
@@ -177,7 +177,7 @@ class Batch:
 
     def adapter_of(self, request: Request) -> str | dict[str, float] | None:
         """Return a request's adapter as `Session.adapter` gives it."""
-        return self._session.adapter_of(request.key)
+        return self._session.active.adapter_of(request.key)
 
     def _drop_cancelled(self) -> None:
         self._waiting = deque(request for request in self._waiting if not request.done)
@@ -197,7 +197,7 @@ class Batch:
             whole = first + len(chunk) == len(request.ids)
             left -= len(chunk)
             logits = self._step(self._bindings.one(request.key), [chunk], row, wanted=whole)
-            self._session.count_tokens(request.key, len(chunk))
+            self._session.active.promoter.count(request.key, len(chunk))
             if whole:
                 self._join(request, row)
                 request.advance(logits[0, -1])
@@ -211,8 +211,8 @@ class Batch:
             row.shorten(0, 0)
             request = self._waiting.popleft()
             if self._prefixes is not None:
-                request.content = self._session.content_of(request.key)
-                request.promoted = self._session.is_promoted(request.key)
+                request.content = self._session.active.content_of(request.key)
+                request.promoted = self._session.active.is_promoted(request.key)
                 request.cached_tokens = self._prefixes.restore(request.content, request.ids, row)
             self._reading = (request, row)
         return self._reading
@@ -250,7 +250,7 @@ class Batch:
                 break
         row.shorten(0, past + written)  # keys of wrong guesses are written over
         request.learn(len(guess), written - 1)
-        self._session.count_tokens(request.key, written)
+        self._session.active.promoter.count(request.key, written)
 
     def _write_one_each(self) -> None:
         ids = [[request.writer.token_ids[-1]] for request in self._writing]
@@ -265,7 +265,7 @@ class Batch:
             logits = np.concatenate(each)
         for row, request in enumerate(self._writing):
             request.advance(logits[row, -1])
-            self._session.count_tokens(request.key, 1)
+            self._session.active.promoter.count(request.key, 1)
 
     def _step(self, binding: Any, ids: list[list[int]], cache: SharedCache, *, wanted: bool = True) -> Array:
         spec = self._session.require_decoder()
@@ -283,5 +283,5 @@ class Batch:
     def _remember(self, row: int) -> None:
         request = self._writing[row]
         # keys of which some were computed before a promotion and some after it are of no one content
-        if self._prefixes is not None and request.promoted == self._session.is_promoted(request.key):
+        if self._prefixes is not None and request.promoted == self._session.active.is_promoted(request.key):
             self._prefixes.store(request.content, request.tokens, self._cache.part(row, 1))

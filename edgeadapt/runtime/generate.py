@@ -70,7 +70,7 @@ def _submit(
     return [
         together.take(
             row,
-            session.key_of(... if adapters is None else adapters[index]),
+            session.active.key_of(... if adapters is None else adapters[index]),
             replace(chosen, seed=chosen.seed + index),
         )
         for index, row in enumerate(ids)

@@ -54,7 +54,7 @@ def by_adapter(session: Session, adapters: Sequence[Adapter], work: Callable[[li
         raise SessionError(f"adapters is {adapters!r}", hint="give a list with one adapter (or None) per row")
     groups: dict[Any, list[int]] = {}
     for row, adapter in enumerate(adapters):
-        groups.setdefault(session.key_of(adapter), []).append(row)
+        groups.setdefault(session.active.key_of(adapter), []).append(row)
     before = session.adapter
     try:
         for rows in groups.values():

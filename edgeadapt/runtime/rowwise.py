@@ -114,10 +114,10 @@ class RowBindings:
 
     def one(self, key: AdapterKey) -> Binding:
         """Return the graph with one adapter for all rows."""
-        if self._session.is_active(key):
-            return self._session.binding(key)
+        if key == self._session.active.key:
+            return self._session.active.binding_of(key)
         if key not in self._one:
-            self._one[key] = self._session.binding(key)
+            self._one[key] = self._session.active.binding_of(key)
         return self._one[key]
 
     def several(self, keys: Sequence[AdapterKey]) -> Binding | None:
@@ -127,10 +127,10 @@ class RowBindings:
         return self._last[1]
 
     def _bind(self, keys: Sequence[AdapterKey]) -> Binding | None:
-        tensors = {key: self._session.adapter_tensors(key) for key in keys}
+        tensors = {key: self._session.active.adapter_tensors(key) for key in keys}
         names = {name for of_one in tensors.values() for name in of_one}
         if self._mixed is None:
-            self._mixed = self._session.slots_binding()
+            self._mixed = self._session.active.slots_binding()
         self.obstacle = obstacle(names, self._mixed.graph.optional, self._session.bundle.manifest)
         if self.obstacle is not None:
             return None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from types import EllipsisType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 import numpy as np
@@ -14,22 +12,21 @@ from numpy.typing import NDArray
 
 from edgeadapt.bundle.bundle import Bundle, open_bundle
 from edgeadapt.decoder_spec import DecoderSpec
-from edgeadapt.errors import FileError, SessionError
+from edgeadapt.errors import SessionError
 from edgeadapt.runtime import generate as generation
+from edgeadapt.runtime.active import Active
 from edgeadapt.runtime.batch import Batch
 from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
 from edgeadapt.runtime.checks import is_whole
 from edgeadapt.runtime.groups import run_groups
 from edgeadapt.runtime.inputs import checked_inputs
-from edgeadapt.runtime.ort import Binding, OrtGraph, Tensor, TensorInfo, check_provider, open_graph
-from edgeadapt.runtime.prefixes import ContentKey, PrefixCache
-from edgeadapt.runtime.prepacked import prepacked_graph, shares_weights
-from edgeadapt.runtime.promotion import Graphs, Promoter, Promotion
-from edgeadapt.runtime.residents import Residents, adapter_key
+from edgeadapt.runtime.ort import Binding, Tensor, TensorInfo, check_provider
+from edgeadapt.runtime.prefixes import PrefixCache
+from edgeadapt.runtime.prepacked import shares_weights
+from edgeadapt.runtime.promotion import Promotion
 from edgeadapt.runtime.rows import run_decoder
 from edgeadapt.runtime.spec import decoder_spec
 from edgeadapt.runtime.step import Wanted, run_step
-from edgeadapt.slots import GraphRecord
 
 if TYPE_CHECKING:
     from edgeadapt.runtime.prompts import Prompt
@@ -110,23 +107,18 @@ class Session:
         promoted_max_bytes: int | None = None,
     ) -> None:
         self.bundle = bundle
-        self.threads = threads
         self.provider = provider
-        self.keep_graphs = keep_graphs
-        self.share_weights = share_weights
         self.prefixes = prefixes
         self.spec: DecoderSpec | None = decoder_spec(bundle.manifest)
-        self._residents = Residents(bundle, mapped=share_weights)
-        self._graphs: dict[str, OrtGraph] = {}
-        self._bindings: dict[str, Binding] = {}
-        self._promoter = Promoter(
+        self.active = Active(
             bundle,
-            partial(open_graph, threads=threads, provider=provider),
-            max_bytes=promoted_max_bytes,
-            after_tokens=promote_after,
+            threads=threads,
+            provider=provider,
+            keep_graphs=keep_graphs,
+            share_weights=share_weights,
+            promote_after=promote_after,
+            promoted_max_bytes=promoted_max_bytes,
         )
-        self._promoted: Graphs | None = None
-        self._key: AdapterKey = ()
         self._text: TextCoder | None = None
         self._closed = False
 
@@ -140,48 +132,18 @@ class Session:
 
     def close(self) -> None:
         """Free the graphs and the adapters; the session cannot be used after that."""
-        self._promoter.close()
-        self._promoted = None
-        self._bindings.clear()
-        self._graphs.clear()
-        self._residents = Residents(self.bundle)
+        self.active.close()
         self._closed = True
 
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that `use` takes."""
-        return tuple(sorted({*self.bundle.adapter_names, *self._residents.lent}))
+        return self.active.names
 
     @property
     def adapter(self) -> str | dict[str, float] | None:
         """The active adapter's name, a blend's weights by name, or None for the bare base."""
-        return self.adapter_of(self._key)
-
-    def adapter_of(self, key: AdapterKey) -> str | dict[str, float] | None:
-        """Return what `adapter` is while `key` is active."""
-        if self.bundle.manifest.merged is not None:
-            return self.bundle.manifest.merged
-        if len(key) == 1 and key[0][1] == 1.0:
-            return key[0][0]
-        return dict(key) or None
-
-    def key_of(self, adapter: str | Mapping[str, float] | EllipsisType | None) -> AdapterKey:
-        """Return a choice of adapters in the form that caches compare; ... stands for what is active.
-
-        Raises:
-            SessionError: for an unknown name, weights that are not numbers, or a merged bundle.
-        """
-        if adapter is ...:
-            return self._key
-        merged = self.bundle.manifest.merged
-        if merged is None:
-            return adapter_key(adapter, self.adapters)
-        if adapter not in (None, merged):
-            raise SessionError(
-                f"adapter {adapter!r} cannot be used: {merged!r} is merged into the weights of this bundle",
-                hint="export without --merge to swap adapters",
-            )
-        return ()
+        return self.active.adapter_of(self.active.key)
 
     def use(self, adapter: str | Mapping[str, float] | None) -> None:
         """Make an adapter, a blend of adapters ({"a": 0.7, "b": 0.3}), or none (the bare base) active.
@@ -194,18 +156,7 @@ class Session:
             BundleError: if the adapter's file is damaged.
         """
         self._check_open()
-        key = self.key_of(adapter)
-        if self._promoter.graphs(key) is None:
-            self._use_slots(key)
-        self._key = key
-        self._follow_promotion()
-
-    def _use_slots(self, key: AdapterKey) -> None:
-        """Bind an adapter beside the base, or the bare base."""
-        tensors = self.adapter_tensors(key)
-        if not (key and self._key and self._rebase(tensors)):
-            self._bindings = self._bind(tensors, slots=bool(key), keep_graphs=self.keep_graphs)
-        self._promoted = None
+        self.active.use(self.active.key_of(adapter))
 
     def promote(self, adapter: str, *, wait: bool = False) -> Promotion:
         """Prepare weights that have an adapter in them, in the background, and use them from the next step on.
@@ -227,14 +178,14 @@ class Session:
             raise SessionError(
                 f"{adapter!r} cannot be promoted: only one whole adapter can", hint="use the blend as it is"
             )
-        self._promoter.start(adapter, keep=self._key)
+        self.active.promoter.start(adapter, keep=self.active.key)
         if wait:
-            self._promoter.wait(adapter)
+            self.active.promoter.wait(adapter)
         return self.promotion(adapter)
 
     def promotion(self, adapter: str) -> Promotion:
         """Return how far the promotion of an adapter is."""
-        return self._promoter.status(adapter)
+        return self.active.promoter.status(adapter)
 
     def demote(self, adapter: str) -> None:
         """Cancel an adapter's promotion, or close its weights; the adapter goes on beside the base.
@@ -243,26 +194,12 @@ class Session:
             BundleError: if its file is damaged.
         """
         self._check_open()
-        if self._promoted is not None and self.adapter == adapter:
-            self._use_slots(self._key)
-        self._promoter.stop(adapter)
+        self.active.demote(adapter)
 
     @property
     def form(self) -> Literal["plain", "slots", "promoted"]:
         """What runs: the bare (or merged) base, an adapter beside it, or weights that have an adapter in them."""
-        if self._promoted is not None:
-            return "promoted"
-        return "slots" if self._key else "plain"
-
-    def _follow_promotion(self) -> None:
-        """Switch to promoted weights of what is active, if there are new ones."""
-        graphs = self._promoter.graphs(self._key)
-        if graphs is None or graphs is self._promoted:
-            return
-        self._bindings = {role: Binding(graph, {}) for role, graph in graphs.items()}
-        self._promoted = graphs
-        if not self.keep_graphs:
-            self._graphs = {}
+        return self.active.form
 
     def lend(self, name: str, tensors: Mapping[str, Array]) -> None:
         """Let this session use an adapter that is not in its bundle: to measure it before it is written.
@@ -274,13 +211,12 @@ class Session:
         Raises:
             BundleError: if a tensor is none that an adapter of this bundle may set.
         """
-        self._residents.lend(name, tensors)
+        self.active.residents.lend(name, tensors)
 
     def prepare(self) -> None:
         """Open the graphs that the active adapter needs now instead of at the first run."""
         self._check_open()
-        if not self._bindings:
-            self._bindings = self._bind({}, slots=False, keep_graphs=self.keep_graphs)
+        self.active.prepare()
 
     def evict(self, adapter: str) -> None:
         """Forget an adapter's tensors, so that the next `use` reads them from the bundle again.
@@ -288,9 +224,9 @@ class Session:
         Raises:
             SessionError: if it is active.
         """
-        if any(name == adapter for name, _ in self._key):
+        if any(name == adapter for name, _ in self.active.key):
             raise SessionError(f"adapter {adapter!r} is active", hint="session.use(None) first")
-        self._residents.evict(adapter)
+        self.active.residents.evict(adapter)
 
     def inputs(self, role: str | None = None) -> dict[str, TensorInfo]:
         """Return the data inputs of a graph by name (`role` None: the only graph, or the decoder)."""
@@ -385,7 +321,7 @@ class Session:
             cross={name: Tensor(found[name]) for name in spec.cross_names},
             encoder_mask=mask,
         )
-        cache.adapter = self._key
+        cache.adapter = self.active.key
         return cache
 
     def step(self, input_ids: Any, cache: Cache, *, lengths: Any = None, logits: Wanted = "all") -> Array:
@@ -406,15 +342,15 @@ class Session:
         """
         self._check_open()
         spec = self.require_decoder()
-        if cache.adapter is not None and cache.adapter != self._key:
+        if cache.adapter is not None and cache.adapter != self.active.key:
             raise SessionError(
-                f"the cache was filled with adapter {_say(cache.adapter)}, active is {_say(self._key)}: "
+                f"the cache was filled with adapter {_say(cache.adapter)}, active is {_say(self.active.key)}: "
                 "keys and values of one adapter mean nothing to another",
                 hint="make a new cache with session.new_cache after session.use, and feed the tokens again",
             )
         result = run_step(self._binding("decoder"), spec, input_ids, cache, lengths=lengths, logits=logits)
-        cache.adapter = self._key
-        self._promoter.count(self._key, int(np.size(input_ids) if lengths is None else np.sum(lengths)))
+        cache.adapter = self.active.key
+        self.active.promoter.count(self.active.key, int(np.size(input_ids) if lengths is None else np.sum(lengths)))
         return result
 
     @property
@@ -487,47 +423,6 @@ class Session:
         self._check_open()
         return Batch(self, rows, min(max_length, self.require_decoder().max_length))
 
-    def content_of(self, key: AdapterKey) -> ContentKey:
-        """Return what `key` binds, as digests with weights: the same for the same tensors under any name.
-
-        Promoted weights are rounded anew, so what they compute is a content of its own.
-        """
-        digests = tuple(sorted((self._residents.digest(name), weight) for name, weight in key))
-        return (*digests, ("promoted", 1.0)) if self.is_promoted(key) else digests
-
-    def is_promoted(self, key: AdapterKey) -> bool:
-        """Return whether `binding` gives promoted weights for `key`."""
-        return key == self._key and self._promoted is not None
-
-    def count_tokens(self, key: AdapterKey, tokens: int) -> None:
-        """Take in that an adapter has run `tokens` tokens; enough of them promote it, where that was asked for."""
-        self._promoter.count(key, tokens)
-
-    def is_active(self, key: AdapterKey) -> bool:
-        """Return whether `use` chose what `key` stands for."""
-        return key == self._key
-
-    def binding(self, key: AdapterKey) -> Binding:
-        """Return the decoder's graph with the tensors of `key` bound: that of `step` if it is active, else a new one.
-
-        The bare base runs in the slots graph where only that is open.
-        """
-        self._check_open()
-        if key == self._key:
-            return self._binding("decoder")
-        record = self.bundle.manifest.graphs["decoder"]
-        slots = bool(key) or (record.plain not in self._graphs and record.slots in self._graphs)
-        return self._bind(self.adapter_tensors(key), slots=slots)["decoder"]
-
-    def slots_binding(self) -> Binding:
-        """Return the decoder's slots graph with no adapter bound."""
-        self._check_open()
-        return self._bind({}, slots=True)["decoder"]
-
-    def adapter_tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
-        """Return what `key` binds, float32 by graph input name."""
-        return self._residents.tensors(key) if key else {}
-
     def _run_graph(self, role: str, inputs: Mapping[str, Any]) -> dict[str, Array]:
         binding = self._binding(role)
         for name, array in checked_inputs(inputs, binding.graph.inputs).items():
@@ -535,57 +430,14 @@ class Session:
         for name in binding.graph.outputs:
             binding.allocate_output(name)
         found = binding.run()
-        self._promoter.count(self._key, max(np.size(inputs.get("input_ids", ())), len(next(iter(inputs.values())))))
+        self.active.promoter.count(
+            self.active.key, max(np.size(inputs.get("input_ids", ())), len(next(iter(inputs.values()))))
+        )
         return found
 
     def _binding(self, role: str) -> Binding:
-        self.prepare()
-        self._follow_promotion()
-        return self._bindings[role]
-
-    def _rebase(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Swap one adapter for another in the bindings; False, and nothing done, where that needs new ones."""
-        roles = list(self._bindings.values())
-        if len(roles) != 1 or not tensors.keys() <= roles[0].graph.optional.keys() or not roles[0].can_rebase(tensors):
-            return False
-        roles[0].rebase(tensors)
-        return True
-
-    def _bind(self, tensors: Mapping[str, Tensor], *, slots: bool, keep_graphs: bool = True) -> dict[str, Binding]:
-        """Return a binding per graph with an adapter's tensors bound where the graph takes them."""
-        if not keep_graphs:
-            wanted = {(record.slots if slots else None) or record.plain for record in self._records()}
-            if not wanted.issuperset(self._graphs):
-                self._bindings = {}
-                self._graphs = {name: graph for name, graph in self._graphs.items() if name in wanted}
-        bindings = {}
-        for role, record in self.bundle.manifest.graphs.items():
-            name = record.slots if slots and record.slots is not None else record.plain
-            if name not in self._graphs:
-                self._graphs[name] = self._open_graph(name)
-            graph = self._graphs[name]
-            bindings[role] = Binding(graph, {key: value for key, value in tensors.items() if key in graph.optional})
-        taken = {name for binding in bindings.values() for name in binding.graph.optional}
-        unused = [name for name in tensors if name not in taken]
-        if unused:
-            raise SessionError(
-                f"no graph of this bundle takes the adapter's tensor {unused[0]!r}",
-                hint="check the bundle with `edgeadapt verify`",
-            )
-        return bindings
-
-    def _open_graph(self, name: str) -> OrtGraph:
-        if self.share_weights:
-            try:
-                path = prepacked_graph(self.bundle, name)
-                return open_graph(path, threads=self.threads, provider=self.provider)
-            except (FileError, SessionError) as error:
-                warnings.warn(f"weights are not shared: {error.message}; {error.hint}", stacklevel=2)
-                self.share_weights = False
-        return open_graph(self.bundle.file(name), threads=self.threads, provider=self.provider)
-
-    def _records(self) -> Sequence[GraphRecord]:
-        return tuple(self.bundle.manifest.graphs.values())
+        self._check_open()
+        return self.active.binding(role)
 
     def _main_role(self) -> str:
         return "model" if "model" in self.bundle.manifest.graphs else "decoder"

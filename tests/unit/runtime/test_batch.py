@@ -204,7 +204,7 @@ def test_base_rows_need_no_second_graph(decoder, keep_graphs):
     with open_session(decoder[0], threads=1, keep_graphs=keep_graphs) as session:
         session.use("a")
         found = session.generate_batch(["hello"] * 3, adapters=["a", None, "b"], max_new_tokens=5, ignore_eos=True)
-        assert list(session._graphs) == ["graph/decoder.slots.onnx"]
+        assert list(session.active.graphs) == ["graph/decoder.slots.onnx"]
         assert session.adapter == "a"
         assert session.complete("hello", max_new_tokens=5, ignore_eos=True) == found[0]
         assert found[1] == _alone(session, "hello", None, max_new_tokens=5, ignore_eos=True)

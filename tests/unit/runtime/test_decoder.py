@@ -86,15 +86,15 @@ def test_the_slots_graph_without_an_adapter_is_the_base(decoder, session):
 
 
 def test_graphs_are_opened_once_and_only_when_needed(decoder, session):
-    assert not session._graphs
+    assert not session.active.graphs
     session.prepare()
-    assert list(session._graphs) == ["graph/decoder.plain.onnx"]
+    assert list(session.active.graphs) == ["graph/decoder.plain.onnx"]
     session.use("a")
-    opened = dict(session._graphs)
+    opened = dict(session.active.graphs)
     assert list(opened) == ["graph/decoder.plain.onnx", "graph/decoder.slots.onnx"]
     session.use("b")
     session.use(None)
-    assert all(session._graphs[name] is graph for name, graph in opened.items())
+    assert all(session.active.graphs[name] is graph for name, graph in opened.items())
 
 
 def test_a_blend_is_the_weighted_sum_of_low_rank_terms(decoder, session):
@@ -438,11 +438,11 @@ def test_evicting_reads_the_file_again(decoder, session):
     with pytest.raises(SessionError) as caught:
         session.evict("a")
     assert str(caught.value) == "adapter 'a' is active\nHint: session.use(None) first"
-    resident = session._residents._ready["a"]
+    resident = session.active.residents._ready["a"]
     session.use(None)
     session.evict("a")
     session.use("a")
-    assert session._residents._ready["a"] is not resident
+    assert session.active.residents._ready["a"] is not resident
 
 
 def test_a_swap_leaves_nothing_of_the_adapter_before(decoder):
@@ -467,11 +467,11 @@ def test_a_swap_leaves_nothing_of_the_adapter_before(decoder):
 
 def test_a_swap_between_equal_adapters_keeps_the_binding(decoder, session):
     session.use("a")
-    binding = session._bindings["decoder"]
+    binding = session.active.bindings["decoder"]
     session.use("b")
-    assert session._bindings["decoder"] is binding
+    assert session.active.bindings["decoder"] is binding
     session.use(None)
-    assert session._bindings["decoder"] is not binding
+    assert session.active.bindings["decoder"] is not binding
 
 
 def test_a_closed_session_says_so(decoder):

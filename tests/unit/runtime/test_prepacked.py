@@ -36,7 +36,7 @@ def cache(tmp_path, monkeypatch):
 def outputs(path, adapter, **options):
     with open_session(path, threads=1, **options) as session:
         session.use(adapter)
-        return session.run(IDS)["logits"], session.share_weights
+        return session.run(IDS)["logits"], session.active.share_weights
 
 
 def test_shared_sessions_give_the_same_outputs_and_map_one_file(decoder, cache):
@@ -244,7 +244,7 @@ def test_what_cannot_be_is_refused(decoder, monkeypatch):
         open_session(decoder[0], provider="cuda", share_weights=True)
     assert caught.value.message == "share_weights is for the CPU, and the provider is 'cuda'"
     monkeypatch.setenv("EDGEADAPT_SHARE_WEIGHTS", "1")
-    assert not open_session(decoder[0], provider="cuda").share_weights
+    assert not open_session(decoder[0], provider="cuda").active.share_weights
     monkeypatch.setenv("EDGEADAPT_SHARE_WEIGHTS", "yes")
     with pytest.raises(SessionError) as caught:
         open_session(decoder[0])

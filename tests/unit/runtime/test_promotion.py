@@ -87,7 +87,7 @@ def logits(session) -> np.ndarray:
 
 
 def finished(session, adapter) -> None:
-    session._promoter._jobs[adapter].done.wait(30)
+    session.active.promoter._jobs[adapter].done.wait(30)
 
 
 def test_the_session_switches_between_steps_when_the_weights_are_ready(patched, held):
@@ -107,7 +107,7 @@ def test_the_session_switches_between_steps_when_the_weights_are_ready(patched, 
         assert done.seconds > 0
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
         assert not np.array_equal(found, expected)  # other sums: other weights were used
-        assert not session._bindings["decoder"].graph.optional.keys() & {"lm_head.lora_A"}
+        assert not session.active.bindings["decoder"].graph.optional.keys() & {"lm_head.lora_A"}
 
 
 def test_a_cache_goes_on_in_the_promoted_form(patched):
@@ -195,7 +195,7 @@ def test_cancelling_while_files_are_written_leaves_nothing(patched, cache, monke
     original = promotion.write_patched
 
     def cancelled(bundle, name, folder, *, check):
-        session._promoter._jobs[name].cancelled.set()
+        session.active.promoter._jobs[name].cancelled.set()
         return original(bundle, name, folder, check=check)
 
     monkeypatch.setattr(promotion, "write_patched", cancelled)
@@ -318,9 +318,9 @@ def test_one_form_at_a_time(patched):
         expected = logits(session)
         session.promote("a", wait=True)
         np.testing.assert_allclose(logits(session), expected, rtol=0, atol=2e-5)
-        assert session._graphs == {}
+        assert session.active.graphs == {}
         session.use("b")
-        assert (session.form, len(session._graphs)) == ("slots", 1)
+        assert (session.form, len(session.active.graphs)) == ("slots", 1)
 
 
 def test_other_kinds_of_model(classifier, seq2seq, tmp_path):

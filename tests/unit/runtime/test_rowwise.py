@@ -110,6 +110,10 @@ def test_adapters_with_other_numbers_of_classes_are_refused():
         adapter = None
         inner = None
 
+        @property
+        def active(self):
+            return self
+
         def key_of(self, adapter):
             return ((adapter, 1.0),)
 

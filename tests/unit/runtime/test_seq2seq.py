@@ -49,11 +49,11 @@ def test_an_adapter_acts_in_both_graphs(seq2seq, session):
     session.use("a")
     found["a"] = session.run(inputs)["logits"]
     for role in ("encoder", "decoder"):
-        kept = session._bindings[role]
-        other = session._bind({}, slots=False)[role]
-        session._bindings[role] = other
+        kept = session.active.bindings[role]
+        other = session.active._bind({}, slots=False)[role]
+        session.active.bindings[role] = other
         found[role] = session.run(inputs)["logits"]
-        session._bindings[role] = kept
+        session.active.bindings[role] = kept
     outputs = list(found.values())
     assert all(np.abs(x - y).max() > 0.01 for i, x in enumerate(outputs) for y in outputs[:i])
 
