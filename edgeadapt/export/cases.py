@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,7 @@ def _tokens(base: BaseModel, texts: Sequence[str], row: int, length: int, *, exa
     """Return `length` token ids of text `row`, fewer where the text is shorter unless `exact`."""
     vocabulary = int(getattr(getattr(base.config, "text_config", base.config), "vocab_size", 2))
     if "tokenizer.json" in base.assets and texts:
-        ids = list(_tokenizer(base).encode(texts[row % len(texts)]).ids)[:length]
+        ids = list(_tokenizer(base.assets["tokenizer.json"]).encode(texts[row % len(texts)]).ids)[:length]
         if ids and max(ids) < vocabulary and (len(ids) == length or not exact):
             return ids
     generator = torch.Generator().manual_seed(SEED + row)
@@ -109,10 +110,11 @@ def _tokens(base: BaseModel, texts: Sequence[str], row: int, length: int, *, exa
     return drawn
 
 
-def _tokenizer(base: BaseModel) -> Any:
+@lru_cache(maxsize=1)
+def _tokenizer(data: bytes) -> Any:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_str(base.assets["tokenizer.json"].decode())
+    tokenizer = Tokenizer.from_str(data.decode())
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
