@@ -40,8 +40,10 @@ REGION_BYTES = 2**22
 _MAX_HEADER_BYTES = 2**24
 _OTHER = 2
 _SHIFTS = np.array([0, 2, 4, 6], np.uint8)
-_STEPS = {bits: np.array([1, 2**bits - 1, 0, 0], np.uint8) for bits in (4, 8)}
-"""What is added for the kinds of change: one up, one down."""
+_KINDS = np.arange(256, dtype=np.uint8)[:, None] >> _SHIFTS & 3
+_IS_KINDS: NDArray[np.bool_] = np.all(_KINDS <= _OTHER, axis=1)
+_FOUR = {bits: np.array([1, 2**bits - 1, 0, 0], np.uint8)[_KINDS] for bits in (4, 8)}
+"""What a byte of four kinds of change adds to the four codes; 0 where the kind does not tell."""
 _LONGEST_STEP = 255
 _HINT = "export the bundle again with --patches"
 
@@ -184,13 +186,15 @@ def apply_region(target: Bytes, region: Region, steps: bytes, changes: bytes, wh
         return
     places = _places(_inflate_up_to(steps, region.changed + region.codes // _LONGEST_STEP, where), region, where)
     quarter = -(-region.changed // 4)
-    delta = _delta(_inflate_up_to(changes, quarter + region.changed, where), region, where)
+    added = np.zeros(region.codes, np.uint8)
+    added[places] = _delta(_inflate_up_to(changes, quarter + region.changed, where), region, where)
     if region.bits == 8:
-        target[places] += delta
-        return
-    low, places = places % 2 == 0, places // 2
-    target[places[low]] = target[places[low]] & 0xF0 | target[places[low]] + delta[low] & 0x0F
-    target[places[~low]] += delta[~low] << 4
+        target += added
+    else:
+        low = target + added[::2] & 0x0F
+        target += added[1::2] << 4
+        target &= 0xF0
+        target |= low
 
 
 def _read_header(data: bytes, where: str) -> tuple[Patch, int]:
@@ -270,15 +274,18 @@ def _steps(places: NDArray[np.intp]) -> Bytes:
     return result
 
 
-def _places(steps: Bytes, region: Region, where: str) -> NDArray[np.int64]:
-    """Return the changed codes' places in the region, int64[changed], rising."""
+def _places(steps: Bytes, region: Region, where: str) -> NDArray[np.int32]:
+    """Return the changed codes' places in the region, int32[changed], rising."""
     ends = np.flatnonzero(steps != _LONGEST_STEP)
     if len(ends) != region.changed or not len(steps) or steps[-1] == _LONGEST_STEP:
         raise _damaged(where, f"{len(ends)} places for {region.changed} changes")
-    places = np.cumsum(steps, dtype=np.int64)[ends] + np.arange(region.changed)
-    if places[-1] >= region.codes:
-        raise _damaged(where, f"code {places[-1]} of {region.codes}")
-    return places
+    last = int(steps.sum(dtype=np.int64)) + region.changed - 1
+    if last >= region.codes:
+        raise _damaged(where, f"code {last} of {region.codes}")
+    places = np.cumsum(steps, dtype=np.int32)
+    if len(steps) > region.changed:
+        places = places[ends]
+    return np.asarray(places + np.arange(region.changed, dtype=np.int32), np.int32)
 
 
 def _kinds(delta: Bytes, bits: int) -> Bytes:
@@ -292,11 +299,11 @@ def _kinds(delta: Bytes, bits: int) -> Bytes:
 def _delta(values: Bytes, region: Region, where: str) -> Bytes:
     """Return what is added to each changed code, uint8[changed]."""
     quarter = -(-region.changed // 4)
-    kinds = (values[:quarter, None] >> _SHIFTS & 3).reshape(-1)
-    delta = _STEPS[region.bits][kinds[: region.changed]]
-    places = np.flatnonzero(kinds[: region.changed] == _OTHER)
+    delta = _FOUR[region.bits][values[:quarter]].reshape(-1)[: region.changed]
+    places = np.flatnonzero(delta == 0)
     others = values[quarter:]
-    if len(values) < quarter or kinds.max() > _OTHER or kinds[region.changed :].any() or len(others) != len(places):
+    unused = values[quarter - 1] >> 2 * ((region.changed - 1) % 4 + 1) if len(values) >= quarter else 1
+    if unused or not _IS_KINDS[values[:quarter]].all() or len(others) != len(places):
         raise _damaged(where, f"{len(values)} bytes are not what {region.changed} codes are changed by")
     if not others.all() or (len(others) and others.max() >= 2**region.bits):
         raise _damaged(where, "a code is changed by nothing, or by more than there are codes")

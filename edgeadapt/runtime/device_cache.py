@@ -36,6 +36,8 @@ FOLDER_VARIABLE = "EDGEADAPT_CACHE_DIR"
 LIMIT_VARIABLE = "EDGEADAPT_CACHE_MAX_BYTES"
 DEFAULT_LIMIT_BYTES = 8 * 2**30
 
+Make = Callable[[Path], Mapping[str, str] | None]
+
 _MAX_RECORD_BYTES = 2**16
 _WAIT_S = 300.0
 """For another process that writes an entry: seconds, minutes on a slow disk."""
@@ -70,14 +72,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeadapt"
 
 
-def cached_entry(made_from: Mapping[str, str], make: Callable[[Path], None], *, needed_bytes: int) -> Path:
+def cached_entry(made_from: Mapping[str, str], make: Make, *, needed_bytes: int) -> Path:
     """Return the folder of an entry; it is made when first needed, and again when it is damaged.
 
     Damage is found by a file's size and time, and by its digest where the time differs.
 
     Args:
         made_from: all that the files depend on.
-        make: writes the entry's files into an empty folder that nobody sees yet.
+        make: writes the entry's files into an empty folder that nobody sees yet; it may return their SHA-256 by name.
         needed_bytes: how much it will write at most.
 
     Raises:
@@ -122,18 +124,18 @@ def _is_file(path: Path, expected: CachedFile) -> bool:
     return status.st_mtime_ns == expected.modified_ns or sha256_file(path) == expected.sha256
 
 
-def _write(entry: Path, made_from: Mapping[str, str], make: Callable[[Path], None], needed_bytes: int) -> None:
+def _write(entry: Path, made_from: Mapping[str, str], make: Make, needed_bytes: int) -> None:
     """Write an entry, under the cache's lock."""
     if entry.exists():
         remove_tree(entry)
     _make_room(entry.parent, needed_bytes)
     require_free_space(entry.parent, needed_bytes)
     with staged_directory(entry, force=False) as folder:
-        make(folder)
+        known = make(folder) or {}
         with write_errors(folder):
             files = {}
             for path in sorted(folder.iterdir()):
-                digest = sha256_file(path)
+                digest = known.get(path.name) or sha256_file(path)
                 _share(path, digest, entry.parent)
                 status = path.stat()
                 files[path.name] = CachedFile(status.st_size, digest, status.st_mtime_ns)

@@ -182,8 +182,8 @@ class Promoter:
         weights = [path for path, record in files.items() if record.role == "weights"]
         paths = [patch_path(job.adapter), *weights, *graphs]
 
-        def make(folder: Path) -> None:
-            write_patched(self._bundle, job.adapter, folder, check=job.check)
+        def make(folder: Path) -> Mapping[str, str]:
+            return write_patched(self._bundle, job.adapter, folder, check=job.check)
 
         needed_bytes = self._each + sum(files[path].size for path in graphs)
         return cached_entry({path: files[path].sha256 for path in paths}, make, needed_bytes=needed_bytes)
