@@ -9,10 +9,11 @@ from edgeadapt import bundle as bundles
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.files import require_free_space, staged_directory
+from edgeadapt.memory import give_back
 from edgeadapt.patching import variants_of
 from edgeadapt.pipeline.inputs import check_heads, load_base, merge_adapter, named_adapters, needed_bytes, read_samples
 from edgeadapt.pipeline.job import Job
-from edgeadapt.pipeline.measure import parity_of, prune_adapters, quality_of
+from edgeadapt.pipeline.measure import parity_of, parity_originals, prune_adapters, quality_of
 from edgeadapt.pipeline.precision import choose_mix, moments_of
 from edgeadapt.pipeline.write import add_patches, copy_of, open_draft, open_written, write_adapters, write_base
 from edgeadapt.progress import SILENT, Progress
@@ -38,26 +39,30 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
         EdgeAdaptError: of the class of the stage that failed, with the offending value and the next step.
     """
     from edgeadapt.export.export import export_graph
+    from edgeadapt.merging.spool import spool
     from edgeadapt.quantize.quantize import quantize
 
     with staged_directory(recipe.output, force=recipe.force) as folder:
         with progress.stage("read adapters"):
             adapters = named_adapters(recipe)
         with progress.stage("load base"):
-            base = load_base(recipe, adapters, base, progress)
+            base, given = load_base(recipe, adapters, base, progress), base is not None
             resolved = [resolve(adapter, base.modules, base_name=base.name) for adapter in adapters]
             check_heads(base, resolved)
             samples = read_samples(recipe, base)
             check_adapters(samples, [adapter.name for adapter in adapters])
-            require_free_space(folder, needed_bytes(base, recipe))
-        job = Job(recipe, base, adapters, resolved, samples)
+            require_free_space(folder, needed_bytes(base))
+            rest = give_back if given else spool(base.module, folder)
+        job = Job(recipe, base, adapters, resolved, samples, rest=rest)
         if recipe.merge:
             with progress.stage("merge"):
                 job = merge_adapter(job)
         graph = export_graph(job.base, replaced=job.replaced, progress=progress)
+        with progress.stage("run torch"):
+            originals = parity_originals(job)
         with open_draft(job, graph, folder / ".draft") as session:
             with progress.stage("compare with torch"):
-                parity = parity_of(job, session)
+                parity = parity_of(job, session, originals)
             if recipe.prune_kl is not None:
                 with progress.stage("prune adapters"):
                     job = prune_adapters(job, session, recipe.prune_kl, progress)
@@ -76,14 +81,17 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
                 progress=progress,
             )
         with progress.stage("write"):
-            kept = copy_of(graph) if variants else graph
+            kept = copy_of(graph) if variants else None
             draft = write_base(job, graph, record, folder)
-        with open_written(job, draft, folder) as session:
+            del graph
+            job.rest()
+        with open_written(job, draft, folder, keep_graphs=False) as session:
             with progress.stage("measure quality"):
                 quality = quality_of(job, session, progress)
+                job.rest()
             with progress.stage("write adapters"):
                 adapters_written = write_adapters(job, session, folder)
-        if variants:
+        if kept is not None:
             with progress.stage("make patches"):
                 quality += add_patches(job, Bundle(folder, draft), kept, variants, quality=quality, progress=progress)
         bundles.write_manifest(

@@ -108,10 +108,9 @@ def read_samples(recipe: Recipe, base: BaseModel) -> Calibration:
     return read_calibration(recipe.calibrate, render=partial(render_chat, template.decode(), special_tokens=special))
 
 
-def needed_bytes(base: BaseModel, recipe: Recipe) -> int:
-    """Return how much room an export takes beside what was there, in bytes."""
-    float_bytes = 4 * sum(parameter.numel() for parameter in base.module.parameters())
-    return 2 * float_bytes if recipe.quantize != "none" else float_bytes
+def needed_bytes(base: BaseModel) -> int:
+    """Return how much room an export takes beside what was there, in bytes: the weights, and a bundle in float32."""
+    return 2 * 4 * sum(parameter.numel() for parameter in base.module.parameters())
 
 
 def merge_adapter(job: Job) -> Job:

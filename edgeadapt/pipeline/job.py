@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter
 from edgeadapt.bundle.manifest import Pruning
+from edgeadapt.memory import give_back
 from edgeadapt.quality.calibration import Calibration, split
 from edgeadapt.recipe import Recipe
 
@@ -25,7 +26,10 @@ TOKENS_PER_TEXT = 64
 
 @dataclass(frozen=True)
 class Job:
-    """What every stage reads. After a merge: the merged base, its adapter only as the reference."""
+    """What every stage reads. After a merge: the merged base, its adapter only as the reference.
+
+    rest: drops what is not needed now from memory: freed memory, and weights that are read again from their file
+    """
 
     recipe: Recipe
     base: BaseModel
@@ -35,6 +39,7 @@ class Job:
     original: BaseModel | None = None
     merge_record: Mapping[str, Any] | None = None
     prunings: Mapping[str, Pruning] = field(default_factory=dict)
+    rest: Callable[[], None] = give_back
 
     @property
     def measured(self) -> Calibration:

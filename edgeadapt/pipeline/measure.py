@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeadapt.addition import adapter_record
 from edgeadapt.fields import to_mapping
-from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Job, arrays_of, cases_of
+from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Array, Job, arrays_of, cases_of
 from edgeadapt.progress import Progress
 from edgeadapt.quality.calibration import Calibration, samples_of, split
 from edgeadapt.runtime.session import Session
@@ -33,19 +34,31 @@ def _originals(job: Job, cases: Sequence[Mapping[str, torch.Tensor]]) -> dict[st
     return original_outputs(job.base, job.adapters, cases)
 
 
-def parity_of(job: Job, session: Session) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Originals:
+    """Inputs, and what the original in torch gives for them by adapter name (None: the base)."""
+
+    cases: Sequence[Mapping[str, Array]]
+    outputs: Mapping[str | None, Sequence[Mapping[str, Array]]]
+
+
+def parity_originals(job: Job) -> Originals:
+    """Return what the unquantized graph must give, computed now: torch's weights are not needed beside the graph's."""
+    from edgeadapt.export.cases import parity_cases
+
+    cases = parity_cases(job.base, job.samples.texts)
+    return Originals(arrays_of(cases), {name: list(outputs) for name, outputs in _originals(job, cases).items()})
+
+
+def parity_of(job: Job, session: Session, originals: Originals) -> dict[str, Any]:
     """Compare the unquantized graph with torch.
 
     Raises:
         ExportError: if it differs by more than the tolerance.
     """
-    from edgeadapt.export.cases import parity_cases
     from edgeadapt.quality.parity import measure_parity
 
-    cases = parity_cases(job.base, job.samples.texts)
-    result: dict[str, Any] = measure_parity(
-        session, arrays_of(cases), _originals(job, cases), tolerance=PARITY_TOLERANCE
-    )
+    result: dict[str, Any] = measure_parity(session, originals.cases, originals.outputs, tolerance=PARITY_TOLERANCE)
     return {**result, "merge": dict(job.merge_record)} if job.merge_record is not None else result
 
 

@@ -41,11 +41,13 @@ def open_draft(job: Job, graph: Graph, folder: Path) -> Iterator[Session]:
     if not job.recipe.merge:
         job = dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, adapter_dtype="float32"))
     draft = write_base(job, copy_of(graph), {"scheme": "none"}, folder)
+    job.rest()
     try:
         with open_written(job, draft, folder, keep_graphs=False) as session:
             yield session
     finally:
         shutil.rmtree(folder)
+    job.rest()
 
 
 def open_written(job: Job, draft: Manifest, folder: Path, *, keep_graphs: bool = True) -> Session:
