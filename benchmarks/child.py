@@ -108,7 +108,7 @@ class Child:
         """
         self._engine.use(other)
         if first_token:
-            self._engine.prefill(ids, 2)
+            self._engine.prefill(ids[::-1], 2)  # another text: the next one shall not be known
         if not resident:
             self._engine.forget(adapter)
         started = perf_counter()

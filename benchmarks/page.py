@@ -286,7 +286,8 @@ KL. ONNX Runtime GenAI's adapter is its graph edited by hand (`benchmarks/genai_
 to a float LoRA that can be swapped."""
 _SWAPS = """*ready*: from the call to when the next prompt may be read, where the engine switches in a call of its own.
 *first token later*: how much longer a prompt of 16 tokens takes to its first token with a swap before it than without.
-*from disk*: the adapter was dropped before. optimum's swap loads another whole model."""
+*from disk*: the adapter was dropped before. optimum swaps whole models: resident is both in memory, from disk
+a load."""
 _PROMOTION = """A prompt of 128 tokens and 32 tokens in slots, then `session.promote` with an empty cache, while
 decoding goes on. The promoted form is rounded with the adapter in it, so its tokens may differ from those in slots."""
 _MEMORY = """Medians of fresh processes, files in the page cache; memory from `/proc/PID/smaps_rollup`, read by the
