@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from edgeadapt.errors import ExportError
 
 Array = NDArray[Any]
+ELEMENTS_AT_ONCE = 1 << 18
+"""Logits that are taken to float64 at a time: all of a case would take some hundred MB."""
 LOGITS = "logits"
 """The output that is a distribution over its last axis."""
 
@@ -74,7 +76,14 @@ def compare(reference: Mapping[str, Array], measured: Mapping[str, Array], mask:
 
 def kl_divergence(reference: Array, measured: Array) -> NDArray[np.float64]:
     """Return KL(softmax(reference) || softmax(measured)) over the last axis in nats, one number per position."""
-    expected, found = (_log_softmax(x.reshape(-1, x.shape[-1])) for x in (reference, measured))
+    expected, found = (x.reshape(-1, x.shape[-1]) for x in (reference, measured))
+    rows = max(1, ELEMENTS_AT_ONCE // max(1, expected.shape[-1]))
+    parts = [_divergence(expected[i : i + rows], found[i : i + rows]) for i in range(0, len(expected), rows)]
+    return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def _divergence(reference: Array, measured: Array) -> NDArray[np.float64]:
+    expected, found = _log_softmax(reference), _log_softmax(measured)
     probabilities = np.exp(expected)
     # 0 * (-inf - x) is 0 by definition: a class that the reference rules out adds nothing.
     with np.errstate(invalid="ignore"):
