@@ -150,7 +150,7 @@ def _row(shape: Shape, scheme: str, args: argparse.Namespace) -> dict[str, Any]:
         message = f"{available / 1e9:.1f} GB of memory are free, about {needed:.0f} GB are needed"
         row["failures"].append({"side": shape.name, "step": "export", "message": message})
         return row
-    base, adapter = _write_model(shape, args.work)
+    base, adapter = write_model(shape, args.work)
     folder = args.work / f"{shape.name}-{scheme}"
     command = [sys.executable, "-m", "edgeadapt", "export", str(adapter), "--name", "random", "--base", str(base)]
     command += ["-o", str(folder / "model.bundle"), "--quantize", scheme, "--force", "--json", "--quiet"]
@@ -236,7 +236,7 @@ def _node_count(folder: Path, form: str) -> int:
     return len(onnx.load(str(file), load_external_data=False).graph.node)
 
 
-def _write_model(shape: Shape, work: Path) -> tuple[Path, Path]:
+def write_model(shape: Shape, work: Path) -> tuple[Path, Path]:
     """The Hugging Face folder and the adapter, made if they are not there."""
     base, adapter = work / shape.name, work / f"{shape.name}-random"
     if not (base / "config.json").exists():
