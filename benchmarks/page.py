@@ -81,8 +81,8 @@ Generated from `benchmarks/results/` by `scripts/benchmark` on {f.result["date"]
 - **Work**: SmolLM2-135M-Instruct (the Q4_1 GGUF, dequantized to float32 for every other engine), LoRAs of rank 16 on
   every linear (210 modules), prompts of {setting["prompt_tokens"]} and {setting["long_prompt_tokens"]} tokens,
   {setting["new_tokens"]} new tokens, greedy, {setting["threads"]} threads.
-- **How**: every engine in an environment and processes of its own, all alive, one asked at a time, 16 decoded tokens in
-  turn, the order rotating every round. {used} are used.
+- **How**: every engine in an environment and processes of its own, all alive, one asked at a time, 32 decoded tokens in
+  turn, each once the last one's threads rest, the order rotating every round. {used} are used.
   Figures are medians (quartiles); ratios are medians of paired rounds with a 95 % bootstrap interval. Engines run with
   their own defaults but for the number of threads.{quick}"""
 
@@ -252,12 +252,17 @@ def _noise(f: Figures) -> str:
         }
         for row in f.result.get("rounds", [])
     ]
-    text = "not measured"
+    text, verdict = "not measured", "Without a control nothing is known about this run's bias."
     if control is not None:
+        verdict = "A difference between two engines that is smaller than this interval says nothing."
+        if control["low"] is not None and not control["low"] <= 1 <= control["high"]:
+            verdict = (
+                "**The control fails: the interval does not hold 1, so this run is biased by at least that much.**"
+            )
         ends = "" if control["low"] is None else f" ({control['low']:.3f} to {control['high']:.3f})"
         text = f"{control['median']:.3f}{ends}"
-    return f"""A/A control: a second process of the same bundle decodes {text} times as fast as the first. A difference
-between two engines that is smaller than this interval says nothing.
+    return f"""A/A control: a second process of the same bundle decodes {text} times as fast as the first.
+{verdict}
 
 {table(rows)}"""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS, LONG_PROMPT_TOKENS = 128, 512
-NEW_TOKENS, CHUNKS = 128, 8
+NEW_TOKENS, CHUNKS = 128, 4
 HELD_OUT_TOKENS = 384
 
 
