@@ -259,6 +259,9 @@ class OrtGraph:
         options.log_severity_level = 3  # a warning per adapter slot would drown everything else
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
+        # Idle threads spin for so long before they sleep. Without an end (the default) a core that another process or
+        # another session uses is fought for: measured, 22.8 ms a token instead of 10.3; alone it makes no difference.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
         wanted = [_PROVIDERS[provider]] if provider == "cpu" else [_PROVIDERS[provider], _PROVIDERS["cpu"]]
         try:
             self._session: Any = ort.InferenceSession(str(path), options, providers=wanted)

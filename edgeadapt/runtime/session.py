@@ -27,6 +27,7 @@ from edgeadapt.runtime.promotion import Promotion
 from edgeadapt.runtime.rows import run_decoder
 from edgeadapt.runtime.spec import decoder_spec
 from edgeadapt.runtime.step import Wanted, run_step
+from edgeadapt.runtime.threads import measured_threads
 
 if TYPE_CHECKING:
     from edgeadapt.runtime.prompts import Prompt
@@ -40,7 +41,7 @@ Array = NDArray[Any]
 def open_session(
     bundle: Bundle | Path | str,
     *,
-    threads: int | None = None,
+    threads: int | Literal["measure"] | None = None,
     provider: str = "cpu",
     keep_graphs: bool = True,
     share_weights: bool | None = None,
@@ -52,7 +53,8 @@ def open_session(
 
     Args:
         bundle: a bundle's folder, or what `open_bundle` returned.
-        threads: threads inside an operator, None for ONNX Runtime's own choice.
+        threads: threads inside an operator, None for ONNX Runtime's own choice, one per core; "measure" opens the
+            bundle with 1, 2, 4, ... and keeps the fewest that are fastest (a second or so for each).
         provider: "cpu" or "cuda"; "cuda" is an error where it cannot be used, never a silent run on the CPU.
         keep_graphs: keep the plain graph open while an adapter is active, and the slots graph while none is: a swap
             is then instant, at the price of the weights' memory twice. False opens one form at a time.
@@ -76,6 +78,10 @@ def open_session(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
     shared = shares_weights(share_weights, provider)
     prefixes = PrefixCache(prefix_cache_bytes)
+    if threads == "measure":
+        threads = measured_threads(
+            lambda count: open_session(opened, threads=count, provider=provider, share_weights=shared)
+        )
     return Session(
         opened,
         threads=threads,
@@ -91,7 +97,7 @@ def open_session(
 class Session:
     """One base with its adapters, of which one, a blend, or none is active. Not for several threads at once.
 
-    Make it with `open_session`; it is a context manager.
+    Make it with `open_session`; it is a context manager. `threads` says what operators run with, None for the default.
     """
 
     def __init__(
@@ -107,6 +113,7 @@ class Session:
         promoted_max_bytes: int | None = None,
     ) -> None:
         self.bundle = bundle
+        self.threads = threads
         self.provider = provider
         self.prefixes = prefixes
         self.spec: DecoderSpec | None = decoder_spec(bundle.manifest)
