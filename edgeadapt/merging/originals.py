@@ -9,7 +9,7 @@ import torch
 
 from edgeadapt.adapters.adapter import Adapter, Array
 from edgeadapt.merging.base_model import BaseModel
-from edgeadapt.merging.reference import adapted_module, model_outputs
+from edgeadapt.merging.reference import adapted_module, model_outputs, output_views
 
 ROWS_AT_ONCE = 4
 Shapes = tuple[tuple[str, int], ...]
@@ -38,9 +38,11 @@ class LazyOutputs(Sequence[dict[str, Array]]):
                 yield self[first]
                 continue
             batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            outputs = model_outputs(self._base, self._module, batch)
+            outputs = output_views(self._base, self._module, batch)
             for row in range(count):
-                yield {name: array[row : row + 1] for name, array in outputs.items()}
+                # Copies: a view would keep the whole batch's logits alive while the next batch is run.
+                yield {name: array[row : row + 1].copy() for name, array in outputs.items()}
+            del outputs
 
     def _batches(self) -> Iterator[tuple[int, int]]:
         """Yield (first case, how many cases) of runs that can be one batch: single texts of one length."""

@@ -95,6 +95,11 @@ def model_outputs(base: BaseModel, module: nn.Module, case: Mapping[str, torch.T
     Raises:
         BaseModelError: if the forward fails, or gives no tensor.
     """
+    return {name: array.copy() for name, array in output_views(base, module, case).items()}
+
+
+def output_views(base: BaseModel, module: nn.Module, case: Mapping[str, torch.Tensor]) -> dict[str, Array]:
+    """Return `model_outputs` in the memory that the forward left them in: good until the module runs again."""
     arguments: dict[str, Any] = dict(case)
     if base.task in {"text-generation", "text2text-generation"} and "use_cache" not in arguments:
         arguments["use_cache"] = False
@@ -131,7 +136,7 @@ def _named(base: BaseModel, result: Any) -> list[tuple[str, Any]]:
 
 def _array(value: torch.Tensor) -> Array:
     value = value.detach().cpu()
-    return (value.to(torch.float32) if value.is_floating_point() else value).numpy().copy()
+    return (value.to(torch.float32) if value.is_floating_point() else value).numpy()
 
 
 def _load(module: nn.Module, config: Any, adapter: Adapter) -> Any:

@@ -63,6 +63,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
         with open_draft(job, graph, folder / ".draft") as session:
             with progress.stage("compare with torch"):
                 parity = parity_of(job, session, originals)
+                del originals
             if recipe.prune_kl is not None:
                 with progress.stage("prune adapters"):
                     job = prune_adapters(job, session, recipe.prune_kl, progress)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.errors import QuantizeError
+from edgeadapt.memory import give_back
 from edgeadapt.quality.compare import LOGITS, Comparison, compare, output_mask
 
 Array = NDArray[Any]
@@ -73,6 +74,7 @@ def measure_quality(
     classes = {} if labels is None else _all_classes(session, tuple(references), labels, class_names or {})
     rows = []
     for adapter, expected in references.items():
+        give_back()
         session.use(adapter)
         rows.append(_row(session, cases, expected, (adapter, scheme), classes.get(adapter)))
     session.use(None)
