@@ -141,7 +141,10 @@ def test_promoted_answers_are_those_of_the_adapter(
         session.promote("adapter1", wait=True)
         found = session.run(inputs)["logits"]
         assert session.form == "promoted"
-    assert np.abs(found - expected).max() < 0.5 * np.abs(base - expected).max()
+    # Rounding differs between the forms, and some of these adapters do little more than rounding does: what counts is
+    # that all of the adapter's effect is there.
+    effect, moved = (expected - base).ravel(), (found - base).ravel()
+    assert moved @ effect / (effect @ effect) == pytest.approx(1, abs=0.4)
 
 
 def test_an_adapter_that_cannot_have_a_patch_is_named_with_the_reason(
