@@ -58,25 +58,25 @@ def memory_of(pid: int) -> dict[str, int | None]:
 
 
 def start(side: Side, workload: Workload, logs: Path) -> dict[str, Any]:
-    """Load times and memory of a fresh process: after load, after use, after use of each further adapter."""
-    try:
-        side.launch(logs)
-        # The first answer of all: Python and the harness's own modules are up, the engine is not imported.
-        loaded = side.load()
-        memory = {"loaded": memory_of(side.pid())}
-        first = side.ask(do="prefill", adapter=side.active, ids=workload.prompt, room=NEW_TOKENS + 4)
-        # Twice: what a second prompt takes (a new cache while the old one is there) is not another adapter's.
-        for _ in range(2):
-            _decode(side, workload, 16)
-            side.ask(do="prefill", adapter=side.active, ids=fresh(workload.prompt), room=NEW_TOKENS + 4)
-        memory["used"] = memory_of(side.pid())
-        for name in side.adapters if side.adapter and not side.promoted else ():
-            if name != side.adapter:
-                side.ask(do="prefill", adapter=name, ids=fresh(workload.prompt), room=NEW_TOKENS + 4)
-                memory["used another adapter"] = memory_of(side.pid())
-        return {**loaded, "first_call_s": first["seconds"], "memory": memory}
-    finally:
-        side.close()
+    """Start a process; its load times, and its memory after load, after use, and after use of another adapter.
+
+    Afterwards it is there, and warm.
+    """
+    side.launch(logs)
+    # The first answer of all: Python and the harness's own modules are up, the engine is not imported.
+    loaded = side.load()
+    memory = {"loaded": memory_of(side.pid())}
+    first = side.ask(do="prefill", adapter=side.active, ids=workload.prompt, room=NEW_TOKENS + 4)
+    # Twice: what a second prompt takes (a new cache while the old one is there) is not another adapter's.
+    for _ in range(2):
+        _decode(side, workload, 16)
+        side.ask(do="prefill", adapter=side.active, ids=fresh(workload.prompt), room=NEW_TOKENS + 4)
+    memory["used"] = memory_of(side.pid())
+    for name in side.adapters if side.adapter and not side.promoted else ():
+        if name != side.adapter:
+            side.ask(do="prefill", adapter=name, ids=fresh(workload.prompt), room=NEW_TOKENS + 4)
+            memory["used another adapter"] = memory_of(side.pid())
+    return {**loaded, "first_call_s": first["seconds"], "memory": memory}
 
 
 def several(sides: Sequence[Side], workload: Workload, logs: Path) -> int:
@@ -174,32 +174,33 @@ class Cell:
 
 
 def speed_rounds(
-    cells: list[Cell], workload: Workload, *, rounds: int, deadline: float, failures: Failures, say: Say
+    cells: list[Cell], workload: Workload, *, first: int, rounds: int, deadline: float, failures: Failures, say: Say
 ) -> list[dict[str, Any]]:
-    """Run rounds until `rounds` quiet ones are done or the clock (time.monotonic) passes `deadline`; noise by round.
+    """Run rounds, numbered from `first`, until `rounds` quiet ones are done or the clock passes `deadline`.
 
-    Round 0 warms up and is not kept. A noisy round is kept and marked, and another one is run. At least three rounds
-    are run whatever the clock says.
+    At least one is run whatever the clock (time.monotonic) says. A noisy round is kept and marked, and another one is
+    run, up to twice as many. Returns each round's noise.
     """
     record: list[dict[str, Any]] = []
-    quiet, number = 0, 0
-    while number <= 3 or (quiet < rounds and number <= 2 * rounds and time.monotonic() < deadline):
+    quiet = 0
+    while not record or (quiet < rounds and len(record) < 2 * rounds and time.monotonic() < deadline):
+        number = first + len(record)
         taking_part = [cell for cell in cells if not cell.failed and (number - 1) % cell.side.module.EVERY == 0]
-        if number == 0:
-            taking_part = [cell for cell in cells if not cell.failed and cell.side.module.EVERY == 1]
-        turn = taking_part[number % len(taking_part) :] + taking_part[: number % len(taking_part)]
-        noise = _round(turn, workload, number, failures)
-        if number > 0:
-            record.append({"round": number, "noisy": noise.noisy, **dataclasses.asdict(noise)})
-            quiet += not noise.noisy
+        noise = _round(_turned(taking_part, number), workload, number, failures)
+        record.append({"round": number, "noisy": noise.noisy, **dataclasses.asdict(noise)})
+        quiet += not noise.noisy
         say(
-            f"round {number}: {noise.seconds:.0f} s, {quiet} quiet of {rounds}, others used {noise.foreign_share:.1%}"
+            f"round {number}: {noise.seconds:.0f} s, others used {noise.foreign_share:.1%}"
             + (" (noisy: to be repeated)" if noise.noisy else "")
         )
-        number += 1
-    for cell in cells:
-        cell.samples.pop(0, None)
     return record
+
+
+def _turned(cells: list[Cell], number: int) -> list[Cell]:
+    """The cells in another order each round, and the other way round every second one: neighbours change too."""
+    start = number % max(len(cells), 1)
+    turned = cells[start:] + cells[:start]
+    return turned[::-1] if number % 2 else turned
 
 
 def _round(turn: list[Cell], workload: Workload, number: int, failures: Failures) -> Noise:

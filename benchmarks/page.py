@@ -82,7 +82,8 @@ Generated from `benchmarks/results/` by `scripts/benchmark` on {f.result["date"]
   every linear (210 modules), prompts of {setting["prompt_tokens"]} and {setting["long_prompt_tokens"]} tokens,
   {setting["new_tokens"]} new tokens, greedy, {setting["threads"]} threads.
 - **How**: every engine in an environment and processes of its own, all alive, one asked at a time, 32 decoded tokens in
-  turn, each once the last one's threads rest, the order rotating every round. {used} are used.
+  turn, each once the last one's threads rest, the order changing every round; all were
+  started anew every few rounds. {used} are used.
   Figures are medians (quartiles); ratios are medians of paired rounds with a 95 % bootstrap interval. Engines run with
   their own defaults but for the number of threads.{quick}"""
 
@@ -179,10 +180,10 @@ def _start_rows(f: Figures) -> list[dict[str, str]]:
         }
         for title, when, what in (
             ("RSS loaded", "loaded", "resident_bytes"),
-            ("PSS loaded", "loaded", "proportional_bytes"),
+            ("anonymous loaded", "loaded", "anonymous_bytes"),
             ("RSS used", "used", "resident_bytes"),
-            ("PSS used", "used", "proportional_bytes"),
-            ("PSS with another adapter", "used another adapter", "proportional_bytes"),
+            ("anonymous used", "used", "anonymous_bytes"),
+            ("RSS with another adapter", "used another adapter", "resident_bytes"),
             ("peak", "used", "peak_resident_bytes"),
         ):
             row[f"{title} MB"] = _value(f.starts(name, "memory", when, what), "{:.0f}", 1 / MB)
@@ -242,6 +243,7 @@ def _noise(f: Figures) -> str:
     rows = [
         {
             "round": row["round"],
+            "start": row.get("launch", 1),
             "s": f"{row['seconds']:.0f}",
             "other processes": f"{row['foreign_share']:.1%}",
             "stolen": f"{row['steal_share']:.2%}",
@@ -296,8 +298,8 @@ a load."""
 _PROMOTION = """A prompt of 128 tokens and 32 tokens in slots, then `session.promote` with an empty cache, while
 decoding goes on. The promoted form is rounded with the adapter in it, so its tokens may differ from those in slots."""
 _MEMORY = """Medians of fresh processes, files in the page cache; memory from `/proc/PID/smaps_rollup`, read by the
-parent. RSS counts shared pages whole, PSS divides them by the processes that share them (files mapped by one process
-alone count whole). *loaded*: before the first token; *used*: after two prompts of 128 tokens and 16 decoded."""
+parent. RSS counts pages of mapped files too, which processes share; *anonymous* are a process's own. *loaded*: before
+the first token; *used*: after two prompts of 128 tokens and 16 decoded."""
 _SEVERAL = """The sum of the proportional memory (PSS) of 1, 2 and 4 processes that hold the same model with an adapter
 and have used it."""
 _MADE = """From the base to files that the engine opens, with two adapters of rank 16: the whole process tree's CPU

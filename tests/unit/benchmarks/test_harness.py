@@ -59,7 +59,13 @@ def test_rounds_go_on_without_an_engine_that_dies(tmp_path: Path) -> None:
         cell.side.launch(tmp_path / "logs")
         cell.side.load()
     try:
-        options = {"rounds": 3, "deadline": time.monotonic() + 60, "failures": failures, "say": lambda _: None}
+        options = {
+            "first": 1,
+            "rounds": 3,
+            "deadline": time.monotonic() + 60,
+            "failures": failures,
+            "say": lambda _: None,
+        }
         noise = speed_rounds(cells, workload(), **options)
     finally:
         for cell in cells:
@@ -69,9 +75,9 @@ def test_rounds_go_on_without_an_engine_that_dies(tmp_path: Path) -> None:
     assert sorted(works.samples) == [row["round"] for row in noise]
     assert all(len(samples["decode_chunks_s"]) == 4 for samples in works.samples.values())
     assert dies.failed
-    assert dies.samples == {}  # round 0 warms up, and it died in round 1
+    assert list(dies.samples) == [1]  # it died in round 2, of which nothing is kept
     (failure,) = failures
-    assert (failure["side"], failure["step"]) == ("fake dies, base", "decode, round 1")
+    assert (failure["side"], failure["step"]) == ("fake dies, base", "decode, round 2")
     assert failure["message"] == "ended with 7 during 'decode'"
 
 
@@ -82,6 +88,7 @@ def test_an_engine_that_cannot_load_says_why_and_is_ended(tmp_path: Path) -> Non
     refuses = side(tmp_path, "refuses")
     with pytest.raises(SideError, match="ValueError: no such model"):
         start(refuses, workload(), tmp_path / "logs")
+    refuses.close()
     assert refuses.process is None
 
 
@@ -90,6 +97,7 @@ def test_a_fresh_start_is_measured_from_outside(tmp_path: Path) -> None:
 
     adapted = side(tmp_path, "works", adapter="a", adapters={"a": "x", "b": "y"})
     found = start(adapted, workload(), tmp_path / "logs")
+    adapted.close()
     assert set(found["memory"]) == {"loaded", "used", "used another adapter"}
     for memory in found["memory"].values():
         assert 0 < memory["proportional_bytes"] <= memory["resident_bytes"] <= memory["peak_resident_bytes"]
