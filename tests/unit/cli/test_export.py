@@ -28,8 +28,10 @@ def asked(replace, bundle):
 def test_every_flag_reaches_the_recipe(invoke, asked):
     result = invoke(
         "export", "a b", "c", "--base", "hub/base", "-o", "out.bundle", "--name", "x", "--name", "y", "--task", "t",
-        "--revision", "abc", "--quantize", "int4", "--block-size", "64", "--keep", "*.down_proj=int8", "--keep", "a=b=none",
-        "--calibrate", "text.txt", "--max-bytes", "70000000", "--max-kl", "0.1", "--min-top1", "0.9", "--prune-kl", "0.01", "--adapter-dtype",
+        "--revision", "abc", "--quantize", "int4", "--block-size", "64",
+        "--keep", "*.down_proj=int8", "--keep", "a=b=none",
+        "--calibrate", "text.txt", "--max-bytes", "70000000", "--max-kl", "0.1", "--min-top1", "0.9",
+        "--prune-kl", "0.01", "--adapter-dtype",
         "int8", "--max-length", "512", "--force",
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
