@@ -1,9 +1,9 @@
 """What adapters of their own cost the rows of a batch: one adapter for all rows against one for each, by batch size.
 
-    python benchmarks/mixed_batch.py BUNDLE [-o benchmarks/results/mixed_batch.json] [--threads 2] [--rounds 12]
+    python benchmarks/mixed_batch.py BUNDLE [-o benchmarks/results/mixed_batch.json] [--rank 8] [--rounds 12]
 
-The bundle's adapters are used in turn; where there are fewer than rows, further ones are made by adding noise to their
-tensors, so that every row has tensors of its own. One decode step after `--past` tokens is timed, interleaved, both
+Every row's adapter is one of the bundle's with noise on its tensors, so that each has tensors of its own; `--rank` cuts
+them to their first ranks. One decode step after `--past` tokens is timed, interleaved, both
 forms in one graph: another session's threads, which spin for a while after each run, would disturb the next one's.
 """
 
@@ -29,15 +29,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--past", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 16])
     options = parser.parse_args()
     with open_session(options.bundle, threads=options.threads) as session:
-        names = _adapters(session, max(options.rows))
+        names = _adapters(session, max(options.rows), options.rank)
         result = {
             "bundle": options.bundle.name,
             "scheme": session.bundle.manifest.quantization["scheme"],
             "threads": options.threads,
             "past": options.past,
+            "rank": options.rank,
             "adapter_bytes": sum(
                 t.numpy().nbytes for t in session.active.adapter_tensors(session.active.key_of(names[0])).values()
             ),
@@ -46,16 +48,21 @@ def main() -> None:
     print(json.dumps(result, indent=2))
     if options.output is not None:
         known = json.loads(options.output.read_text()) if options.output.exists() else {}
-        options.output.write_text(json.dumps(known | {result["scheme"]: result}, indent=2) + "\n")
+        options.output.write_text(json.dumps(known | {f"{result['scheme']}-r{options.rank}": result}, indent=2) + "\n")
 
 
-def _adapters(session: Session, count: int) -> list[str]:
-    """Return names of `count` adapters; those that the bundle lacks are lent."""
-    names = list(session.adapters)
+def _adapters(session: Session, count: int, rank: int) -> list[str]:
+    """Lend `count` adapters and return their names."""
     rng = np.random.default_rng(0)
-    for index in range(len(names), count):
-        source = session.bundle.adapter_tensors(names[index % len(session.bundle.adapter_names)])
-        noisy = {name: value * rng.normal(1, 0.01, value.shape).astype(np.float32) for name, value in source.items()}
+    names = []
+    ranked = {slot.inputs["a"]: 1 for slot in session.bundle.manifest.slots}  # the axis that is the rank
+    ranked |= {slot.inputs["b"]: 0 for slot in session.bundle.manifest.slots}
+    for index in range(count):
+        source = session.bundle.adapter_tensors(session.bundle.adapter_names[index % len(session.bundle.adapter_names)])
+        noisy = {}
+        for name, value in source.items():
+            cut = value.take(range(min(rank, value.shape[ranked[name]])), axis=ranked[name])
+            noisy[name] = cut * rng.normal(1, 0.01, cut.shape).astype(np.float32)
         session.lend(f"made-{index}", noisy)
         names.append(f"made-{index}")
     return names
