@@ -129,7 +129,7 @@ def _collect(runs: Sequence[_Run], paths: Sequence[str]) -> dict[str, NDArray[np
             mean = total.div_(counts[path])
             totals[path] = mean if path not in totals else totals[path].add_(mean)
             shares[path] = shares.get(path, 0) + 1
-    return {path: (total / shares[path]).numpy() for path, total in totals.items()}
+    return {path: total.div_(shares[path]).numpy() for path, total in totals.items()}
 
 
 def _weights(x: torch.Tensor, gradient: torch.Tensor | None) -> torch.Tensor:

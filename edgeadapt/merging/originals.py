@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,23 +23,27 @@ class LazyOutputs(Sequence[dict[str, Array]]):
     One after the other, up to `ROWS_AT_ONCE` texts of one length are run as a batch, which is a third cheaper.
     """
 
-    def __init__(self, base: BaseModel, module: torch.nn.Module, cases: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        self._base, self._module, self._cases = base, module, cases
+    def __init__(
+        self, base: BaseModel, load: Callable[[], torch.nn.Module], cases: Sequence[Mapping[str, torch.Tensor]]
+    ) -> None:
+        """Compute nothing yet; `load` gives the model, which is kept only while it runs."""
+        self._base, self._load, self._cases = base, load, cases
 
     def __len__(self) -> int:
         return len(self._cases)
 
     def __getitem__(self, index: Any) -> Any:
-        return model_outputs(self._base, self._module, self._cases[index])
+        return model_outputs(self._base, self._load(), self._cases[index])
 
     def __iter__(self) -> Iterator[dict[str, Array]]:
+        module = self._load()
         for first, count in self._batches():
             rows = self._cases[first : first + count]
             if count == 1:
-                yield self[first]
+                yield model_outputs(self._base, module, rows[0])
                 continue
             batch = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-            outputs = output_views(self._base, self._module, batch)
+            outputs = output_views(self._base, module, batch)
             for row in range(count):
                 # Copies: a view would keep the whole batch's logits alive while the next batch is run.
                 yield {name: array[row : row + 1].copy() for name, array in outputs.items()}
@@ -80,7 +85,7 @@ def original_outputs(
     Raises:
         MergeError: if an adapter's library is unknown, or it did not load the adapter completely.
     """
-    found: dict[str | None, LazyOutputs] = {None: LazyOutputs(base, base.module, cases)}
+    found: dict[str | None, LazyOutputs] = {None: LazyOutputs(base, lambda: base.module, cases)}
     for adapter in adapters:
-        found[adapter.name] = LazyOutputs(base, adapted_module(base, adapter), cases)
+        found[adapter.name] = LazyOutputs(base, partial(adapted_module, base, adapter), cases)
     return found

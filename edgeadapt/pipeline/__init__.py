@@ -81,6 +81,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
                 variants=variants,
                 progress=progress,
             )
+            del moments
         with progress.stage("write"):
             kept = copy_of(graph) if variants else None
             draft = write_base(job, graph, record, folder)

@@ -30,7 +30,7 @@ def test_texts_of_one_length_are_run_together() -> None:
     model.register_forward_pre_hook(
         lambda _module, _args, arguments: runs.append(tuple(arguments["input_ids"].shape)), with_kwargs=True
     )
-    lazy = LazyOutputs(base, model, cases)
+    lazy = LazyOutputs(base, lambda: model, cases)
 
     together = list(lazy)
 
@@ -48,4 +48,4 @@ def test_what_may_be_no_batch_is_run_alone() -> None:
     module = Sums()
     base = BaseModel(module, "sums", None, "module", "module", {})
     cases = [{"x": torch.ones(1, 4)}, {"x": 2 * torch.ones(1, 4)}]
-    assert [outputs["output"].tolist() for outputs in LazyOutputs(base, module, cases)] == [[1.0] * 4, [2.0] * 4]
+    assert [outputs["output"].tolist() for outputs in LazyOutputs(base, lambda: module, cases)] == [[1.0] * 4, [2.0] * 4]
