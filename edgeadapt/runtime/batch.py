@@ -190,6 +190,8 @@ class Batch:
     def _read(self) -> None:
         """Read prompts, one after the other, until enough was read for this step or no row is free."""
         left = _READ_PER_STEP
+        while len(alike := self._alike(left)) > 1:
+            left -= self._read_together(alike)
         while left > 0 and (reading := self._next()) is not None:
             request, row = reading
             first = int(row.lengths[0])
@@ -203,6 +205,41 @@ class Batch:
                 request.advance(logits[0, -1])
                 if request.done:
                     self._leave(len(self._writing) - 1)
+
+    def _alike(self, room: int) -> list[Request]:
+        """Return the next requests in line that can be read in one run: one adapter, prompts of one chunk, no past."""
+        found: list[Request] = []
+        if self._reading is not None or self._prefixes is not None:
+            return found
+        free, width = self._cache.batch_size - len(self._writing), 0
+        for request in self._waiting:
+            width = max(width, len(request.ids))
+            fits = len(found) < free and (len(found) + 1) * width <= room
+            if not fits or len(request.ids) > request.options.prefill_chunk or request.key != self._waiting[0].key:
+                break
+            found.append(request)
+        return found
+
+    def _read_together(self, requests: list[Request]) -> int:
+        """Read whole prompts in one run, padded on the right; return how many tokens that were."""
+        first = len(self._writing)
+        rows = self._cache.part(first, len(requests))
+        lengths = np.asarray([len(request.ids) for request in requests])
+        ids = np.zeros((len(requests), lengths.max()), np.int64)
+        for row, request in enumerate(requests):
+            rows.shorten(row, 0)
+            ids[row, : lengths[row]] = request.ids
+        binding = self._bindings.one(requests[0].key)
+        logits = run_step(binding, self._session.require_decoder(), ids, rows, lengths=lengths, logits="last")
+        self._session.active.promoter.count(requests[0].key, int(lengths.sum()))
+        for row, request in enumerate(requests):
+            self._waiting.popleft()
+            self._writing.append(request)
+            request.advance(logits[row, -1])
+        for row in reversed(range(first, len(self._writing))):
+            if self._writing[row].done:
+                self._leave(row)
+        return ids.size
 
     def _next(self) -> tuple[Request, SharedCache] | None:
         """Return the request that is being read and its row: the one that was, or else the next in line."""

@@ -9,6 +9,7 @@ import tiny_graphs as tiny
 
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime import open_session
+from edgeadapt.runtime.step import run_step
 
 PROMPTS = ["hello", "a much longer prompt than that", "x", "été 🙂", "hello", "again and again"]
 ADAPTERS = ["a", "b", None, {"a": 0.7, "b": 0.3}, "a", None]
@@ -144,6 +145,31 @@ def test_a_row_is_free_while_a_prompt_is_read(session, monkeypatch):
     late = batch.submit(PROMPTS[1], adapter="b", max_new_tokens=6, ignore_eos=True, prefill_chunk=4)
     assert late.result() == _alone(session, PROMPTS[1], "b", max_new_tokens=6, ignore_eos=True)
     assert all(request.done for request in short)
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_short_prompts_of_one_adapter_are_read_together(session, monkeypatch, count):
+    """Rows that end with their first token too; another adapter, a long prompt or a full batch ends the run."""
+    runs = []
+
+    def watched(binding, spec, ids, cache, **options):
+        runs.append(ids.shape)
+        return run_step(binding, spec, ids, cache, **options)
+
+    monkeypatch.setattr("edgeadapt.runtime.batch.run_step", watched)
+    texts = ["hello", "x", "a word", "été", "a much longer prompt than that", "last"]
+    adapters = ["a", "a", "a", "b", "b", "b"]
+    batch = session.batch(5, 64)
+    new = [count, 1, count, count, count, 1]
+    requests = [
+        batch.submit(text, adapter=name, max_new_tokens=n, ignore_eos=True, prefill_chunk=12)
+        for text, name, n in zip(texts, adapters, new, strict=True)
+    ]
+    found = [request.result() for request in requests]
+    assert [shape for shape in runs if shape[1] > 1][:3] == [(3, 6), (1, 5), (1, 12)]
+    monkeypatch.undo()
+    alone = zip(texts, adapters, new, strict=True)
+    assert found == [_alone(session, text, name, max_new_tokens=n, ignore_eos=True) for text, name, n in alone]
 
 
 def test_pieces_come_as_they_are_written(session):
