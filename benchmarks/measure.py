@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -186,7 +187,7 @@ def speed_rounds(
     while not record or (quiet < rounds and len(record) < 2 * rounds and time.monotonic() < deadline):
         number = first + len(record)
         taking_part = [cell for cell in cells if not cell.failed and (number - 1) % cell.side.module.EVERY == 0]
-        noise = _round(_turned(taking_part, number), workload, number, failures)
+        noise = _round(_shuffled(taking_part, number), workload, number, failures)
         record.append({"round": number, "noisy": noise.noisy, **dataclasses.asdict(noise)})
         quiet += not noise.noisy
         say(
@@ -196,11 +197,9 @@ def speed_rounds(
     return record
 
 
-def _turned(cells: list[Cell], number: int) -> list[Cell]:
-    """The cells in another order each round, and the other way round every second one: neighbours change too."""
-    start = number % max(len(cells), 1)
-    turned = cells[start:] + cells[:start]
-    return turned[::-1] if number % 2 else turned
+def _shuffled(cells: list[Cell], number: int) -> list[Cell]:
+    """The cells in an order of the round's own, so that none is always asked after the same neighbour."""
+    return random.Random(number).sample(cells, len(cells))  # noqa: S311 - a seed, not a secret
 
 
 def _round(turn: list[Cell], workload: Workload, number: int, failures: Failures) -> Noise:

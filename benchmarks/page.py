@@ -82,7 +82,7 @@ Generated from `benchmarks/results/` by `scripts/benchmark` on {f.result["date"]
   every linear (210 modules), prompts of {setting["prompt_tokens"]} and {setting["long_prompt_tokens"]} tokens,
   {setting["new_tokens"]} new tokens, greedy, {setting["threads"]} threads.
 - **How**: every engine in an environment and processes of its own, all alive, one asked at a time, 32 decoded tokens in
-  turn, each once the last one's threads rest, the order changing every round; all were
+  turn, each once the last one's threads rest, the order drawn anew every round; all were
   started anew every few rounds. {used} are used.
   Figures are medians (quartiles); ratios are medians of paired rounds with a 95 % bootstrap interval. Engines run with
   their own defaults but for the number of threads.{quick}"""
