@@ -77,13 +77,12 @@ def original_outputs(
 ) -> dict[str | None, LazyOutputs]:
     """Return the base's outputs under None and each adapter's, unmerged in the library that saved it, by its name.
 
+    Iterating over the outputs raises a MergeError if the adapter's library is unknown or did not load it completely.
+
     Args:
         base: its weights are shared by all the models, none is copied.
         adapters: each at its own name.
         cases: keyword arguments of the forward.
-
-    Raises:
-        MergeError: if an adapter's library is unknown, or it did not load the adapter completely.
     """
     found: dict[str | None, LazyOutputs] = {None: LazyOutputs(base, lambda: base.module, cases)}
     for adapter in adapters:

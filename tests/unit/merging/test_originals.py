@@ -48,4 +48,5 @@ def test_what_may_be_no_batch_is_run_alone() -> None:
     module = Sums()
     base = BaseModel(module, "sums", None, "module", "module", {})
     cases = [{"x": torch.ones(1, 4)}, {"x": 2 * torch.ones(1, 4)}]
-    assert [outputs["output"].tolist() for outputs in LazyOutputs(base, lambda: module, cases)] == [[1.0] * 4, [2.0] * 4]
+    lazy = LazyOutputs(base, lambda: module, cases)
+    assert [outputs["output"].tolist() for outputs in lazy] == [[1.0] * 4, [2.0] * 4]
