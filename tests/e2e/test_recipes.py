@@ -79,10 +79,12 @@ def test_merged(shipped: Callable[[str], Shipped], invoke: Invoke) -> None:
 def test_int4_says_that_it_ruins_the_model(shipped: Callable[[str], Shipped]) -> None:
     made = shipped("int4")
     rows = _quality(made)
-    worst = rows["sql"]
-    assert worst["top1"] < rows[None]["top1"] < 0.85
+    name, worst = min(rows.items(), key=lambda item: item[1]["top1"])
+    assert 0.7 < worst["top1"] < 0.9
+    assert max(row["mean_kl"] for row in rows.values()) > 0.1
+    of = "" if name is None else f" of adapter {name!r}"
     assert (
-        f"warning: int4 changes the most likely answer of adapter 'sql' at {1 - worst['top1']:.0%} of positions "
+        f"warning: int4 changes the most likely answer{of} at {1 - worst['top1']:.0%} of positions "
         f"(mean KL {worst['mean_kl']:.2g}): this model is ruined at int4; use int8, or --calibrate FILE\n"
     ) in made.told
     assert made.summary["quantization"]["scheme"] == "int4"
