@@ -61,7 +61,7 @@ def compare(reference: Mapping[str, Array], measured: Mapping[str, Array], mask:
     _check_outputs(reference, measured)
     pairs = {name: _valid(reference[name], measured[name], mask) for name in measured}
     absolute = {name: _largest_difference(*pair) for name, pair in pairs.items()}
-    scales = {name: float(np.abs(_finite(pair[0])).max(initial=0.0)) for name, pair in pairs.items()}
+    scales = {name: _largest_magnitude(pair[0]) for name, pair in pairs.items()}
     vectors = [pair for name, pair in pairs.items() if name != LOGITS and pair[0].ndim > 1]
     logits = pairs.get(LOGITS)
     distributed = logits is not None and logits[0].ndim > 1 and logits[0].shape[-1] > 1
@@ -114,6 +114,9 @@ def _valid(reference: Array, measured: Array, mask: Array | None) -> tuple[Array
     if mask is None or reference.ndim < 3 or reference.shape[:2] != mask.shape:
         return reference, measured
     keep = np.asarray(mask, np.bool_)
+    if keep.all():  # the usual case, without copies
+        shape = (-1, *reference.shape[2:])
+        return reference.reshape(shape), measured.reshape(shape)
     return reference[keep], measured[keep]
 
 
@@ -122,17 +125,20 @@ def _largest_difference(reference: Array, measured: Array) -> float:
     if reference.size == 0:
         return 0.0
     with np.errstate(invalid="ignore"):
-        difference = measured - reference
+        difference = np.asarray(measured - reference)
     if not np.isfinite(difference).all():
         # Equal infinities are no difference.
         difference = np.zeros(reference.shape, np.float64)
         np.subtract(measured, reference, out=difference, where=reference != measured)
-    largest = float(np.abs(difference).max())
+    largest = float(np.abs(difference, out=difference).max())
     return largest if np.isfinite(largest) else float("inf")
 
 
-def _finite(values: Array) -> Array:
-    return values[np.isfinite(values)]
+def _largest_magnitude(values: Array) -> float:
+    """Return the largest magnitude of the finite values, 0 without any."""
+    finite = np.isfinite(values)
+    found = values if finite.all() else values[finite]
+    return max(float(found.max(initial=0)), -float(found.min(initial=0)))
 
 
 def _ratio(error: float, scale: float) -> float:

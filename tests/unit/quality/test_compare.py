@@ -104,3 +104,20 @@ def test_what_cannot_be_compared_is_said(reference, measured, message):
     with pytest.raises(ExportError) as caught:
         compare(reference, measured)
     assert str(caught.value) == message
+
+
+def test_a_scalar_and_whole_numbers_are_compared_too():
+    found = compare(
+        {"loss": np.array(2.0), "ids": np.array([4, -10])}, {"loss": np.array(1.5), "ids": np.array([4, -8])}
+    )
+    assert found.absolute_errors == {"loss": 0.5, "ids": 2}
+    assert found.relative_errors == {"loss": 0.25, "ids": 0.2}
+
+
+def test_a_mask_of_ones_leaves_nothing_out():
+    reference, measured = (np.random.default_rng(seed).standard_normal((2, 3, 5)) for seed in (0, 1))
+    masked, plain = (
+        compare({"logits": reference}, {"logits": measured}, mask) for mask in (np.ones((2, 3), np.int64), None)
+    )
+    assert masked.kl.tolist() == plain.kl.tolist()
+    assert masked.relative_errors == plain.relative_errors
