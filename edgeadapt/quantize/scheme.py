@@ -45,7 +45,7 @@ class Stored:
     bytes: what the file holds of it now, scales and zero points included
     rounding: "nearest" (each weight by itself), "feedback" (with calibration moments), "float16", or None if untouched
     again: from another matrix in its place (as `Weight.matrix` gives it; a convolution's or float16 weight as it lies)
-        to the initializers that hold it, by name: on the same scales and zero points, rounded by the same rule
+        to the initializers that hold it, by name: on the same scales and zero points
     """
 
     bytes: int

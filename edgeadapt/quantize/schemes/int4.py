@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.quantize.blocks import Blocks, round_to_nearest
+from edgeadapt.quantize.descent import descend
 from edgeadapt.quantize.gptq import Inverse, invert, round_on_grid, round_with_feedback
 from edgeadapt.quantize.rewrite import use_blocks
 from edgeadapt.quantize.scheme import Settings, Stored
@@ -45,12 +46,10 @@ def refuses(weight: Weight) -> str | None:
 
 def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     """Store the matrix in 4 bits, with error feedback where calibration moments are at hand."""
-    matrix = uses[0].matrix()
-    inverse = None if settings.moment is None else _inverse(settings.moment, settings.memory)
-    blocks = rounded(matrix, settings)
+    blocks = rounded(uses[0].matrix(), settings)
     stored = use_blocks(uses, blocks)
-    rounding = "nearest" if inverse is None else "feedback"
-    return Stored(stored.bytes, rounding, lambda other: stored.codes(round_on_grid(other, blocks, inverse)))
+    rounding = "nearest" if settings.moment is None else "feedback"
+    return Stored(stored.bytes, rounding, lambda other: stored.codes(_again(other, blocks, settings.moment)))
 
 
 def rounded(matrix: NDArray[np.float32], settings: Settings) -> Blocks:
@@ -58,6 +57,11 @@ def rounded(matrix: NDArray[np.float32], settings: Settings) -> Blocks:
     if settings.moment is None:
         return round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
     return round_with_feedback(matrix, _inverse(settings.moment, settings.memory), 4, settings.block_size)
+
+
+def _again(matrix: NDArray[np.float32], blocks: Blocks, moment: NDArray[np.float32] | None) -> Blocks:
+    """Return another matrix on the same scales: nearest, or with moments as few codes changed as the error allows."""
+    return round_on_grid(matrix, blocks) if moment is None else descend(matrix, blocks, moment)
 
 
 def _inverse(moment: NDArray[np.float32], memory: dict[str, Any]) -> Inverse:

@@ -11,6 +11,7 @@ import pytest
 
 from edgeadapt.export.graph import Graph
 from edgeadapt.quantize.blocks import Blocks, round_to_nearest
+from edgeadapt.quantize.descent import descend
 from edgeadapt.quantize.gptq import invert, round_on_grid, round_with_feedback
 from edgeadapt.quantize.pack import pack
 from edgeadapt.quantize.patch import FileChange, NewValue, Variant, changes
@@ -61,7 +62,9 @@ def rounded(name: str, scheme: str, moment: Array | None, changed: NewValue) -> 
         base = round_to_nearest(weight(name), 4, 32, symmetric=False, search=True)
     else:
         base = round_with_feedback(weight(name), invert(moment), 4, 32)
-    return base, round_on_grid(changed.after(), base, None if moment is None else invert(moment))
+    if moment is not None:
+        return base, descend(changed.after(), base, moment)
+    return base, round_on_grid(changed.after(), base)
 
 
 @pytest.mark.parametrize(("scheme", "calibrated"), [("int8", False), ("int4", False), ("int4", True)])
