@@ -23,7 +23,8 @@ from edgeadapt.bundle.names import check_adapter_name
 from edgeadapt.bundle.verify import Finding
 from edgeadapt.errors import AdapterError, BundleError, EdgeAdaptError
 from edgeadapt.progress import SILENT, Progress
-from edgeadapt.runtime.session import Session, open_session
+from edgeadapt.runtime.opening import open_session
+from edgeadapt.runtime.session import Session
 
 Array = NDArray[Any]
 

@@ -24,7 +24,8 @@ from edgeadapt.errors import MergeError, QuantizeError
 from edgeadapt.progress import Progress
 from edgeadapt.quality.gate import verdict
 from edgeadapt.quality.quality import QualityRow
-from edgeadapt.runtime.session import Session, open_session
+from edgeadapt.runtime.opening import open_session
+from edgeadapt.runtime.session import Session
 
 if TYPE_CHECKING:
     from edgeadapt.export.graph import Graph

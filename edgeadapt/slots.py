@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+ROWWISE_TYPES = ("linear", "conv1d", "norm")
+"""Modules whose slot computes by plain products and sums, which broadcast: each row of a batch may bring its own
+adapter. Their inputs declare no shape, because a first axis may come before the usual ones."""
+
 
 @dataclass(frozen=True)
 class Slot:

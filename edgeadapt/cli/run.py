@@ -54,6 +54,10 @@ def run(
         bool | None,
         typer.Option("--chat/--raw", help="The prompt as a user's message, or as it is.", show_default="as trained"),
     ] = None,
+    lookup: Annotated[
+        int | None,
+        typer.Option(min=0, show_default="0", help="Guess up to N tokens from earlier text and check them at once."),
+    ] = None,
     threads: Threads = None,
     device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="See `edgeadapt list devices`.")] = "cpu",
     json: Json = False,
@@ -72,6 +76,7 @@ def run(
         seed=seed,
         stop=stop or None,
         chat=chat,
+        lookup=lookup,
     )
     _check_fit(options, prompt=prompt, inputs=inputs, image=image, label=label, output=output)
 

@@ -19,7 +19,8 @@ from edgeadapt.patching import write_patches
 from edgeadapt.pipeline.job import Job
 from edgeadapt.pipeline.measure import judged, quality_rows
 from edgeadapt.progress import Progress
-from edgeadapt.runtime.session import Session, open_session
+from edgeadapt.runtime.opening import open_session
+from edgeadapt.runtime.session import Session
 
 if TYPE_CHECKING:
     from edgeadapt.export.graph import Graph

@@ -17,6 +17,7 @@ from edgeadapt.adapters.adapter import TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import ADAPTER_SITE, MARKER_DOMAIN, PARAMETER_SITE
 from edgeadapt.quantize.join import joined_name, sites_of
+from edgeadapt.slots import ROWWISE_TYPES
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class _Lowering:
             if term in terms:
                 if term not in inputs:
                     size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
-                    shape = None if module.type == "linear" else [axis]
+                    shape = None if module.type in ROWWISE_TYPES else [axis]
                     inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), shape)
                 vector = inputs[term]
                 y = _append(nodes, op, [y, _per_channel(nodes, vector, module)])
@@ -167,7 +168,9 @@ class _Lowering:
             for term, name, shape in zip("ab", ("lora_A", "lora_B"), _low_rank_shapes(module), strict=True):
                 default = np.zeros([sizes[d] if isinstance(d, str) else d for d in shape], np.float32)
                 declared = [axes[d] if isinstance(d, str) else d for d in shape]
-                inputs[term] = self._input(f"{site}.{name}", default, None if module.type == "linear" else declared)
+                inputs[term] = self._input(
+                    f"{site}.{name}", default, None if module.type in ROWWISE_TYPES else declared
+                )
         return inputs["a"], inputs["b"]
 
     def _input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str] | None) -> ir.Value:

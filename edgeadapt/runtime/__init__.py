@@ -2,8 +2,9 @@
 
 from edgeadapt.runtime.batch import Batch, Request
 from edgeadapt.runtime.cache import Cache
+from edgeadapt.runtime.opening import open_session
 from edgeadapt.runtime.promotion import Promotion
-from edgeadapt.runtime.session import Session, open_session
+from edgeadapt.runtime.session import Session
 from edgeadapt.runtime.tasks import answer
 from edgeadapt.runtime.writer import Generation
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.runtime.cache import AdapterKey
 from edgeadapt.runtime.ort import Binding, Rows, Tensor, TensorInfo
-from edgeadapt.slots import Joined, Slot
+from edgeadapt.slots import ROWWISE_TYPES, Joined, Slot
 
 if TYPE_CHECKING:
     from edgeadapt.runtime.session import Session
@@ -90,7 +90,7 @@ def obstacle(names: set[str], inputs: Mapping[str, TensorInfo], manifest: Manife
         if name not in kinds:
             return f"parameter {name!r} is replaced whole, for all rows at once"
         site, kind = kinds[name]
-        if kind not in ("linear", "conv1d", "norm"):
+        if kind not in ROWWISE_TYPES:
             return f"module {site!r} is of type {kind!r}, which takes one adapter for all rows"
         if name in inputs and inputs[name].shape:
             return f"this bundle's graph takes one {name!r} for all rows: export it again"

@@ -80,7 +80,8 @@ def test_text_streams_to_stdout(invoke, calls):
 def test_json_holds_the_new_text_and_its_tokens(invoke, calls):
     result = invoke(
         "run", "b.writer", "--prompt", "Hi", "--blend", "a=0.7,b=0.3", "--max-new-tokens", 9, "--temperature", 0.5,
-        "--top-k", 4, "--top-p", 0.9, "--seed", 3, "--stop", "x", "--stop", "y", "--raw", "--json", "--quiet",
+        "--top-k", 4, "--top-p", 0.9, "--seed", 3, "--stop", "x", "--stop", "y", "--raw", "--lookup", 8,
+        "--json", "--quiet",
     )  # fmt: skip
     assert json.loads(result.stdout) == {
         "text": "Hello [b]",
@@ -97,6 +98,7 @@ def test_json_holds_the_new_text_and_its_tokens(invoke, calls):
         "seed": 3,
         "stop": ["x", "y"],
         "chat": False,
+        "lookup": 8,
     }
     assert calls[1] == ("complete", "Hi", options)
 

@@ -17,9 +17,9 @@ from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.errors import BundleError, FileError, SessionError
 from edgeadapt.runtime import device_cache, prepacked
 from edgeadapt.runtime.device_cache import cache_folder
+from edgeadapt.runtime.opening import open_session
 from edgeadapt.runtime.ort import open_graph
 from edgeadapt.runtime.prepacked import mapped_adapter, prepacked_graph
-from edgeadapt.runtime.session import open_session
 
 IDS = {"input_ids": np.array([[5, 9, 2, 7]])}
 PLAIN, SLOTS = "graph/decoder.plain.onnx", "graph/decoder.slots.onnx"
@@ -239,7 +239,7 @@ def test_other_kinds_of_graph_are_the_same_when_shared(classifier, seq2seq, cach
 
 
 def test_what_cannot_be_is_refused(decoder, monkeypatch):
-    monkeypatch.setattr("edgeadapt.runtime.session.check_provider", lambda _provider: None)
+    monkeypatch.setattr("edgeadapt.runtime.opening.check_provider", lambda _provider: None)
     with pytest.raises(SessionError) as caught:
         open_session(decoder[0], provider="cuda", share_weights=True)
     assert caught.value.message == "share_weights is for the CPU, and the provider is 'cuda'"
