@@ -22,6 +22,8 @@ from edgeadapt.errors import SessionError
 from edgeadapt.runtime.ort import Rows, Tensor
 
 Array = NDArray[Any]
+_MASK_COLUMNS = 128
+"""Columns by which a mask grows: it is bound anew once in so many tokens."""
 AdapterKey = tuple[tuple[str, float], ...]
 """Which adapter is active, in a form that can be compared: () for none, else names with weights, sorted."""
 
@@ -76,6 +78,35 @@ class Cache:
         self._lengths = self._lengths[list(rows)]
 
 
+class OneToken:
+    """What steps of one token in one row are fed from and write to, in place.
+
+    ids: int64[1, 1]; logits: float32[1, 1, vocab]
+    """
+
+    def __init__(self, vocab_size: int, max_length: int) -> None:
+        self.ids = Tensor(np.zeros((1, 1), np.int64))
+        self.logits = Tensor(np.zeros((1, 1, vocab_size), np.float32))
+        self._max_length = max_length
+        self._mask: Tensor | None = None
+        self._total = 0
+
+    def mask(self, total: int) -> Tensor:
+        """Return int64[1, columns] that begins with `total` ones; the same tensor as long as they fit.
+
+        What follows are zeros: the graphs count ones, as they must for rows of different lengths.
+        """
+        if self._mask is not None and total == self._total + 1 and total <= self._mask.shape[1]:
+            self._mask.numpy()[0, total - 1] = 1
+        else:
+            columns = min(_MASK_COLUMNS * (total // _MASK_COLUMNS + 1), self._max_length)
+            values = np.zeros((1, columns), np.int64)
+            values[0, :total] = 1
+            self._mask = Tensor(values)
+        self._total = total
+        return self._mask
+
+
 class SharedCache(Cache):
     """Buffers float32[batch, heads, max_length, dim] by name ("0.key"), updated in place."""
 
@@ -88,6 +119,23 @@ class SharedCache(Cache):
             name: Tensor(np.zeros(shape, np.float32), device) for name in spec.cache_names
         }
         self._parts: dict[tuple[int, int], Self] = {}
+        self._one_token: OneToken | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens the first row holds."""
+        return int(self._lengths[0])
+
+    @length.setter
+    def length(self, value: int) -> None:
+        self._lengths[0] = value
+
+    @property
+    def one_token(self) -> OneToken | None:
+        """Tensors for steps of one token; None where there are several rows, or on another device than the CPU."""
+        if self._one_token is None and len(self._lengths) == 1 and self._device == "cpu":
+            self._one_token = OneToken(self.vocab_size, self.max_length)
+        return self._one_token
 
     @property
     def bytes_per_token(self) -> int:
@@ -106,6 +154,7 @@ class SharedCache(Cache):
                 _lengths=self._lengths[first : first + count],
                 buffers={name: buffer.rows(first, count) for name, buffer in self.buffers.items()},
                 _parts={},
+                _one_token=None,
             )
             self._parts[first, count] = part
         return self._parts[first, count]
@@ -131,6 +180,7 @@ class SharedCache(Cache):
         chosen = list(rows)
         self.buffers = {name: Tensor(x.numpy()[chosen], self._device) for name, x in self.buffers.items()}
         self._parts = {}
+        self._one_token = None
 
 
 class GrowingCache(Cache):

@@ -177,6 +177,7 @@ class Binding:
         self._io = graph.new_io_binding()
         self._inputs: dict[str, Tensor | Rows] = {}
         self._outputs: dict[str, Tensor | Rows | None] = {}
+        self._allocates = False
         self._shared: Mapping[str, Tensor | Rows] | None = None
         self._base: Mapping[str, Tensor] = {}
         self.rebase(base)
@@ -212,6 +213,7 @@ class Binding:
             what = f"output {name!r} of {self.graph.name} refused {tensor.dtype.name}{list(tensor.shape)}"
             raise _failed(what, error) from error
         self._outputs[name] = tensor
+        self._allocates = None in self._outputs.values()
 
     def share(self, group: Mapping[str, Tensor | Rows], past: str, present: str) -> None:
         """Bind each tensor of `group` as input `past` + name and as output `present` + name at once.
@@ -231,12 +233,16 @@ class Binding:
             return
         self._io.bind_output(name, "cpu", 0)  # takes its place in the order of outputs
         self._outputs[name] = None
+        self._allocates = True
 
     def run(self) -> dict[str, Array]:
         """Run the graph once and return the allocated outputs, each in memory of its own."""
-        # ONNX Runtime keeps outputs in the order in which their names were first bound, as this dict does
-        allocated = [(place, name) for place, (name, tensor) in enumerate(self._outputs.items()) if tensor is None]
         try:
+            if not self._allocates:
+                self.graph.run_bound(self._io)
+                return {}
+            # ONNX Runtime keeps outputs in the order in which their names were first bound, as this dict does
+            allocated = [(place, name) for place, (name, tensor) in enumerate(self._outputs.items()) if tensor is None]
             for _, name in allocated:
                 self._io.bind_output(name, "cpu", 0)
             self.graph.run_bound(self._io)

@@ -15,6 +15,10 @@ from edgeadapt.runtime.checks import is_finite, is_whole
 Array = NDArray[Any]
 
 
+_FEW = 256
+"""Tokens that are looked at first where all may be drawn."""
+
+
 class Options(TypedDict, total=False):
     """The keyword arguments of `Session.generate`; see `Sampling`."""
 
@@ -96,17 +100,30 @@ def pick(logits: Array, options: Sampling, rng: np.random.Generator) -> int:
     if options.temperature == 0:
         return int(logits.argmax())
     scaled = logits.astype(np.float64) / options.temperature
-    order = np.argsort(-scaled, kind="stable")
-    if options.top_k:
-        order = order[: options.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
-    weights /= weights.sum()
-    if options.top_p < 1:
+    weights = np.exp(scaled - scaled.max())
+    drawn = float(rng.random())
+    count = options.top_k or _FEW
+    while True:  # sorting the whole vocabulary takes as long as the model: a few tokens have nearly all the weight
+        order = _likeliest(scaled, count)
+        sums = np.cumsum(weights[order])
+        whole = len(order) == len(scaled) or bool(options.top_k)
+        total = float(sums[-1] if whole else weights.sum())
         # the token that crosses the limit still belongs, so at least one is left
-        kept = int(np.searchsorted(np.cumsum(weights), options.top_p)) + 1
-        order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
-    drawn = int(np.searchsorted(np.cumsum(weights), rng.random(), side="right"))
-    return int(order[min(drawn, len(order) - 1)])
+        kept = len(order) if options.top_p == 1 else int(np.searchsorted(sums, options.top_p * total)) + 1
+        limit = total if options.top_p == 1 else float(sums[min(kept, len(order)) - 1])
+        place = int(np.searchsorted(sums, drawn * limit, side="right"))
+        if whole or (kept <= len(order) and place < len(order)):
+            return int(order[min(place, kept - 1, len(order) - 1)])
+        count *= 16
+
+
+def _likeliest(scaled: Array, count: int) -> Array:
+    """Return the indices of the `count` largest numbers, largest first, of equal ones the earlier."""
+    if count >= len(scaled):
+        return np.argsort(-scaled, kind="stable")
+    least = np.partition(scaled, -count)[-count]
+    found = np.flatnonzero(scaled >= least)
+    return found[np.argsort(-scaled[found], kind="stable")][:count]
 
 
 class StopFinder:

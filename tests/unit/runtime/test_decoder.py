@@ -9,6 +9,7 @@ import tiny_graphs as tiny
 
 from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.errors import BundleError, SessionError
+from edgeadapt.runtime import cache as cache_module
 from edgeadapt.runtime import open_session
 
 ROWS = [7, 3, 1, 5]
@@ -511,3 +512,38 @@ def test_a_bundle_without_adapters_says_so(chat_decoder):
     with open_session(chat_decoder, threads=1) as session, pytest.raises(SessionError) as caught:
         session.use("a")
     assert str(caught.value) == "unknown adapter 'a'\nHint: this bundle holds no adapter: edgeadapt add"
+
+
+@pytest.mark.parametrize("adapter", [None, "a"])
+def test_steps_of_one_token_give_the_bits_of_the_general_way(session, adapter, monkeypatch):
+    """`lengths` leads past the short cut; the mask is bound anew every few tokens, and tokens are forgotten between."""
+    monkeypatch.setattr(cache_module, "_MASK_COLUMNS", 3)
+    session.use(adapter)
+    ids = _tokens([20])[0]
+    caches = [session.new_cache(1, 24), session.new_cache(1, 24), session.new_cache(2, 24).part(1, 1)]
+    for index, token in enumerate(ids):
+        found = [
+            session.step([[token]], caches[0]),
+            session.step(np.array([[token]], np.int32), caches[2], logits="last"),
+        ]
+        expected = session.step([[token]], caches[1], lengths=[1])
+        assert all(np.array_equal(one, expected) for one in found)
+        for cache in caches:
+            cache.shorten(0, {4: 2, 11: 5}.get(index, index + 1))
+    kept = found[0].copy()
+    session.step([[3]], caches[0])
+    assert np.array_equal(found[0], kept), "an answer changed when the next one came"
+    assert [cache.lengths.tolist() for cache in caches] == [[14], [13], [13]]
+    assert session.step([[3]], caches[0], logits="none").shape == (1, 0, 300)
+
+
+def test_a_full_cache_and_wrong_tokens_are_refused_in_steps_of_one_token(session):
+    cache = session.new_cache(1, 2)
+    for _ in range(2):
+        session.step([[1]], cache)
+    with pytest.raises(SessionError, match="row 0 of the cache holds 2 tokens and 1 more do not fit"):
+        session.step([[1]], cache)
+    with pytest.raises(SessionError, match="holds the token id -1"):
+        session.step([[-1]], session.new_cache(1, 2))
+    with pytest.raises(SessionError, match="holds the token id 300"):
+        session.step([[300]], session.new_cache(1, 2))
