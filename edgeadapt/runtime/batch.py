@@ -1,12 +1,13 @@
 """Continuous batching: texts written together, one step at a time; requests join and leave between steps.
 
 Rows of the cache 0 to n-1 are those of the n texts that are being written, so that a step runs on the front of the
-buffers. When one ends, the last takes its row. A prompt is read on the row behind them, alone, since
-GroupQueryAttention takes several tokens on top of a past for one row only.
+buffers. When one ends, the last takes its row. Prompts are read on the rows behind them: short ones together, whole;
+long ones alone and in chunks, since GroupQueryAttention takes several tokens on top of a past for one row only.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping
 from types import EllipsisType
@@ -26,12 +27,15 @@ from edgeadapt.runtime.step import run_step
 from edgeadapt.runtime.writer import Generation, Writer
 
 if TYPE_CHECKING:
+    from edgeadapt.runtime.ort import Binding
     from edgeadapt.runtime.sampling import Options
     from edgeadapt.runtime.session import Session
 
 Array = NDArray[Any]
 _READ_PER_STEP = 512
 """Prompt tokens after which a step goes on to write, so that those who join do not stop the others for long."""
+_WORTH_A_RUN = 16
+"""Tokens of padding that it may cost to read a prompt with others, in no run of its own."""
 
 
 class Request:
@@ -188,39 +192,58 @@ class Batch:
                 self._leave(row)
 
     def _read(self) -> None:
-        """Read prompts, one after the other, until enough was read for this step or no row is free."""
+        """Read prompts until enough was read for this step or no row is free."""
         left = _READ_PER_STEP
-        while len(alike := self._alike(left)) > 1:
-            left -= self._read_together(alike)
-        while left > 0 and (reading := self._next()) is not None:
-            request, row = reading
-            first = int(row.lengths[0])
-            chunk = request.ids[first : first + request.options.prefill_chunk]
-            whole = first + len(chunk) == len(request.ids)
-            left -= len(chunk)
-            logits = self._step(self._bindings.one(request.key), [chunk], row, wanted=whole)
-            self._session.active.promoter.count(request.key, len(chunk))
-            if whole:
-                self._join(request, row)
-                request.advance(logits[0, -1])
-                if request.done:
-                    self._leave(len(self._writing) - 1)
+        while left > 0:
+            if (run := self._next_run(left)) is not None:
+                left -= self._read_together(*run)
+            elif (reading := self._next()) is not None:
+                left -= self._read_chunk(*reading)
+            else:
+                break
 
-    def _alike(self, room: int) -> list[Request]:
-        """Return the next requests in line that can be read in one run: one adapter, prompts of one chunk, no past."""
+    def _read_chunk(self, request: Request, row: SharedCache) -> int:
+        """Read a prompt's next chunk; return how many tokens that were."""
+        first = int(row.lengths[0])
+        chunk = request.ids[first : first + request.options.prefill_chunk]
+        whole = first + len(chunk) == len(request.ids)
+        logits = self._step(self._bindings.one(request.key), [chunk], row, wanted=whole)
+        self._session.active.promoter.count(request.key, len(chunk))
+        if whole:
+            self._join(request, row)
+            request.advance(logits[0, -1])
+            if request.done:
+                self._leave(len(self._writing) - 1)
+        return len(chunk)
+
+    def _next_run(self, room: int) -> tuple[list[Request], Binding] | None:
+        """Return the next requests in line that can be read in one run, and the graph for their rows."""
+        found = self._short(room)
+        if len(found) > 1 and (binding := self._bindings.several([r.key for r in found], len(self._writing))):
+            return found, binding
+        alike = list(itertools.takewhile(lambda request: request.key == found[0].key, found))
+        return (alike, self._bindings.one(alike[0].key)) if len(alike) > 1 else None
+
+    def _short(self, room: int) -> list[Request]:
+        """Return the next requests in line for which there are rows, with prompts of one chunk and of similar lengths.
+
+        None if one is being read, or its past may be known: several tokens on top of a past are for one row only.
+        """
         found: list[Request] = []
         if self._reading is not None or self._prefixes is not None:
             return found
         free, width = self._cache.batch_size - len(self._writing), 0
-        for request in self._waiting:
-            width = max(width, len(request.ids))
-            fits = len(found) < free and (len(found) + 1) * width <= room
-            if not fits or len(request.ids) > request.options.prefill_chunk or request.key != self._waiting[0].key:
+        for rows, request in enumerate(self._waiting, 1):
+            length = len(request.ids)
+            padding = rows * max(width, length) - (rows - 1) * width - length
+            width = max(width, length)
+            fits = rows <= free and rows * width <= room and (rows == 1 or padding <= _WORTH_A_RUN)
+            if not fits or length > request.options.prefill_chunk:
                 break
             found.append(request)
         return found
 
-    def _read_together(self, requests: list[Request]) -> int:
+    def _read_together(self, requests: list[Request], binding: Binding) -> int:
         """Read whole prompts in one run, padded on the right; return how many tokens that were."""
         first = len(self._writing)
         rows = self._cache.part(first, len(requests))
@@ -229,12 +252,11 @@ class Batch:
         for row, request in enumerate(requests):
             rows.shorten(row, 0)
             ids[row, : lengths[row]] = request.ids
-        binding = self._bindings.one(requests[0].key)
         logits = run_step(binding, self._session.require_decoder(), ids, rows, lengths=lengths, logits="last")
-        self._session.active.promoter.count(requests[0].key, int(lengths.sum()))
         for row, request in enumerate(requests):
             self._waiting.popleft()
             self._writing.append(request)
+            self._session.active.promoter.count(request.key, len(request.ids))
             request.advance(logits[row, -1])
         for row in reversed(range(first, len(self._writing))):
             if self._writing[row].done:
@@ -293,8 +315,7 @@ class Batch:
         ids = [[request.writer.token_ids[-1]] for request in self._writing]
         keys = [request.key for request in self._writing]
         front = self._cache.part(0, len(keys))
-        same = all(key == keys[0] for key in keys)
-        binding = self._bindings.one(keys[0]) if same else self._bindings.several(keys)
+        binding = self._bindings.several(keys)
         if binding is not None:
             logits = self._step(binding, ids, front)
         else:

@@ -9,6 +9,7 @@ import tiny_graphs as tiny
 
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime import open_session
+from edgeadapt.runtime.rowwise import RowAdapters
 from edgeadapt.runtime.step import run_step
 
 PROMPTS = ["hello", "a much longer prompt than that", "x", "été 🙂", "hello", "again and again"]
@@ -147,18 +148,28 @@ def test_a_row_is_free_while_a_prompt_is_read(session, monkeypatch):
     assert all(request.done for request in short)
 
 
-@pytest.mark.parametrize("count", [1, 2, 9])
-def test_short_prompts_of_one_adapter_are_read_together(session, monkeypatch, count):
-    """Rows that end with their first token too; another adapter, a long prompt or a full batch ends the run."""
-    runs = []
+@pytest.fixture
+def reads(monkeypatch):
+    """The shapes of the token ids of all runs that read prompts of two or more tokens."""
+    shapes = []
 
     def watched(binding, spec, ids, cache, **options):
-        runs.append(ids.shape)
+        if np.shape(ids)[1] > 1:
+            shapes.append(np.shape(ids))
         return run_step(binding, spec, ids, cache, **options)
 
     monkeypatch.setattr("edgeadapt.runtime.batch.run_step", watched)
+    return shapes
+
+
+OWN = ["a", "b", None, {"a": 0.7, "b": 0.3}, "b", "a"]
+
+
+@pytest.mark.parametrize("adapters", [["a"] * 6, OWN, ["a", "b", "b", "b", None, None]])
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_short_prompts_are_read_together(session, reads, count, adapters):
+    """Whatever their adapters are; rows that end with their first token too; a long prompt or a full batch ends it."""
     texts = ["hello", "x", "a word", "été", "a much longer prompt than that", "last"]
-    adapters = ["a", "a", "a", "b", "b", "b"]
     batch = session.batch(5, 64)
     new = [count, 1, count, count, count, 1]
     requests = [
@@ -166,10 +177,62 @@ def test_short_prompts_of_one_adapter_are_read_together(session, monkeypatch, co
         for text, name, n in zip(texts, adapters, new, strict=True)
     ]
     found = [request.result() for request in requests]
-    assert [shape for shape in runs if shape[1] > 1][:3] == [(3, 6), (1, 5), (1, 12)]
-    monkeypatch.undo()
+    while batch.step():
+        pass
+    assert reads == [(4, 6), (1, 12), (1, 12), (1, 6), (1, 4)]
     alone = zip(texts, adapters, new, strict=True)
     assert found == [_alone(session, text, name, max_new_tokens=n, ignore_eos=True) for text, name, n in alone]
+
+
+def test_logits_after_prompts_that_were_read_together_equal_the_reference(decoder, session, monkeypatch):
+    """Prompts of 1 to 9 tokens, each with an adapter of its own: the first token's logits, not just the best one."""
+    _, shape, weights, adapters = decoder
+    seen = []
+
+    def watched(*arguments, **options):
+        seen.append(run_step(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr("edgeadapt.runtime.batch.run_step", watched)
+    batch = session.batch(4, 64)
+    pairs = [("été 🙂", "b"), ("x", None), ("hello", "a"), ("hello", "b")]
+    requests = [batch.submit(text, adapter=name, max_new_tokens=1, ignore_eos=True) for text, name in pairs]
+    assert not batch.step()
+    (logits,) = seen
+    for row, (request, (_, name)) in enumerate(zip(requests, pairs, strict=True)):
+        expected = tiny.decoder_reference(shape, weights, np.asarray(request.ids), adapters.get(name, {}))[-1]
+        assert np.abs(logits[row, -1] - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_prompts_of_unlike_lengths_are_read_apart(session, reads):
+    """Beside a long one, a short one would be padding above all: 24 tokens for 2."""
+    texts = ["hi", "six tokens and twenty more", "this one has twenty tokens", "hi", "hi"]
+    results = session.generate_batch(texts, adapters=OWN[:5], max_new_tokens=4, ignore_eos=True)
+    assert reads == [(1, 2), (2, 26), (2, 2)]
+    pairs = zip(texts, OWN, strict=False)
+    assert results == [_alone(session, text, name, max_new_tokens=4, ignore_eos=True) for text, name in pairs]
+
+
+def test_an_adapter_is_written_to_its_row_once(session, reads, monkeypatch):
+    """Rows that join while others write are read on the rows on which they write on."""
+    put, written = RowAdapters.put, []
+
+    def watched(stack, row, key, tensors):
+        written.append((row, key))
+        put(stack, row, key, tensors)
+
+    monkeypatch.setattr(RowAdapters, "put", watched)
+    batch = session.batch(6, 64)
+    requests = []
+    for first in range(0, 6, 2):
+        joining = OWN[first : first + 2]
+        requests += [batch.submit("hello", adapter=name, max_new_tokens=9, ignore_eos=True) for name in joining]
+        batch.step()
+        batch.step()
+    assert written == [(row, session.active.key_of(adapter)) for row, adapter in enumerate(OWN)]
+    found = [request.result() for request in requests]
+    assert reads == [(2, 5)] * 3
+    assert found == [_alone(session, "hello", name, max_new_tokens=9, ignore_eos=True) for name in OWN]
 
 
 def test_pieces_come_as_they_are_written(session):
@@ -212,16 +275,18 @@ def test_the_active_adapter_is_the_default_and_a_swap_changes_no_request(session
     assert request.result() == _alone(session, "hello", "a", max_new_tokens=6, ignore_eos=True)
 
 
-def test_a_graph_that_declares_shapes_runs_the_rows_one_after_the_other(decoder, tmp_path):
+def test_a_graph_that_declares_shapes_runs_the_rows_one_after_the_other(decoder, tmp_path, reads):
     """Bundles that were exported before, tables, kernels and replaced parameters: right, if not faster."""
+    adapters = ["b", "b", None, {"a": 0.7, "b": 0.3}, "a", "a"]
     tiny_bundles.write_decoder(tmp_path / "old.bundle", decoder[3], declare=True)
     with open_session(tmp_path / "old.bundle", threads=1) as session:
         batch = session.batch(6, 64)
-        pairs = zip(PROMPTS, ADAPTERS, strict=True)
+        pairs = zip(["hello", "you", *PROMPTS[2:]], adapters, strict=True)
         requests = [batch.submit(text, adapter=adapter, max_new_tokens=6, ignore_eos=True) for text, adapter in pairs]
         found = [request.result() for request in requests]
+        assert reads == [(2, 5), (1, 10), (2, 15)]  # those of one adapter are read together
         assert batch.obstacle == ("this bundle's graph takes one 'layers.0.down.lora_A' for all rows: export it again")
-        pairs = zip(PROMPTS, ADAPTERS, strict=True)
+        pairs = zip(["hello", "you", *PROMPTS[2:]], adapters, strict=True)
         assert found == [_alone(session, text, name, max_new_tokens=6, ignore_eos=True) for text, name in pairs]
 
 

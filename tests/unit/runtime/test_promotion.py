@@ -127,6 +127,23 @@ def test_a_cache_goes_on_in_the_promoted_form(patched):
         np.testing.assert_array_equal(session.step(ids[:, 3:], again), whole[:, 3:])
 
 
+def test_a_promoted_adapter_beside_others_is_as_in_slots(patched):
+    """Rows with adapters of their own run in the slots graph; rows that all have the promoted one in its weights."""
+    options = {"max_new_tokens": 8, "ignore_eos": True}
+    with open_session(patched, threads=1) as session:
+        expected = {}
+        for name in ("a", "b"):
+            session.use(name)
+            expected[name] = session.complete("hello", **options)
+        session.use("a")
+        session.promote("a")
+        finished(session, "a")
+        for adapters in (["a", "b", "a"], ["a", "a"]):
+            found = session.generate_batch(["hello"] * len(adapters), adapters=adapters, **options)
+            assert found == [expected[name] for name in adapters]
+        assert session.form == "promoted"
+
+
 def test_adapters_swap_between_all_forms(patched):
     with open_session(patched, threads=1) as session:
         expected = {}

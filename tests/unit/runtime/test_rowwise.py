@@ -58,7 +58,7 @@ def test_any_order_of_adapters_on_rows_gives_each_row_its_own():
         rows[row] = name
         stack.put(row, ((name, 1.0),), adapters[name])
         for count in (1, 2, 3):
-            bound = {key: tensor.numpy() for key, tensor in stack.first(count).items()}
+            bound = {key: tensor.numpy() for key, tensor in stack.part(0, count).items()}
             found = _slot(x[:count], y[:count], bound)
             expected = [_slot(x[i], y[i], adapters[rows[i]]) for i in range(count)]
             np.testing.assert_allclose(found, expected, rtol=1e-6)
@@ -67,11 +67,37 @@ def test_any_order_of_adapters_on_rows_gives_each_row_its_own():
 def test_a_row_is_written_in_place():
     stack = RowAdapters(2, MANIFEST)
     stack.put(0, (("a", 1.0),), _adapter(1, 4))
-    views = stack.first(2)
+    views = stack.part(0, 2)
     stack.put(1, (("b", 1.0),), _adapter(2, 3))
-    assert stack.first(2) is views
+    assert stack.part(0, 2) is views
     stack.put(1, (("c", 1.0),), _adapter(2, 5))
-    assert stack.first(2) is not views
+    assert stack.part(0, 2) is not views
+
+
+def test_room_for_several_is_made_at_once():
+    stack = RowAdapters(3, MANIFEST)
+    adapters = [_adapter(seed, rank) for seed, rank in ((1, 4), (2, 6), (3, 5))]
+    stack.reserve(adapters)
+    views = stack.part(0, 3)
+    for row, adapter in enumerate(adapters):
+        stack.put(row, ((str(row), 1.0),), adapter)
+    assert stack.part(0, 3) is views
+    assert {name: view.shape for name, view in views.items()} == {
+        "l.A": (3, 5, 6),
+        "l.B": (3, 6, 4),
+        "l.g": (3, 1, 4),
+        "l.o": (3, 1, 4),
+    }
+
+
+def test_rows_from_any_place_on():
+    stack = RowAdapters(3, MANIFEST)
+    adapters = [_adapter(row, row + 1) for row in range(3)]
+    for row, adapter in enumerate(adapters):
+        stack.put(row, ((str(row), 1.0),), adapter)
+    x, y = np.ones((2, 7, 5)), np.ones((2, 7, 4))
+    found = _slot(x, y, {name: view.numpy() for name, view in stack.part(1, 2).items()})
+    np.testing.assert_allclose(found, [_slot(x[0], y[0], adapter) for adapter in adapters[1:]], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
