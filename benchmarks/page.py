@@ -10,6 +10,7 @@ from typing import Any
 
 from bars import bars, percent
 from figures import Figures, table
+from more_sections import quality_section, sessions_section
 from plot import Row, bar_chart
 from shapes_page import shapes_section
 
@@ -35,10 +36,12 @@ def text_of(result: Mapping[str, Any]) -> str:
         _head(figures),
         f"## Bars\n\n{_BARS}\n\n{table([_bar_row(bar) for bar in bars(figures, others)])}",
         f"## Speed and quality\n\n![Decode speed](benchmarks/decode.svg)\n\n{_SPEED}\n\n{table(_speed_rows(figures))}",
+        quality_section(others.get("int4_quality")),
         f"## Adapters swapped\n\n{_SWAPS}\n\n{table(_swap_rows(figures))}",
         f"## Promotion\n\n{_PROMOTION}\n\n{table(_promotion_rows(figures))}",
         f"## Load time and memory\n\n{_MEMORY}\n\n{table(_start_rows(figures))}",
         f"## Several processes\n\n{_SEVERAL}\n\n{table(_several_rows(figures))}",
+        sessions_section(others.get("memory")),
         f"## What making the files costs\n\n{_MADE}\n\n{table(_made_rows(figures))}",
         shapes_section(others.get("shapes")),
         f"## What failed\n\n{_failures(figures)}",
@@ -290,7 +293,9 @@ adapter its task's chats too); *greedy* is how many of 128 free-running tokens a
 OpenVINO GenAI gives no logits: KL without an adapter is OpenVINO's own from the same file, top-1 with an adapter is of
 tokens asked one by one. llama.cpp's Q4_1 is the very file that the reference was dequantized from, which flatters its
 KL. ONNX Runtime GenAI's adapter is its graph edited by hand (`benchmarks/genai_slots.py`): it has no route of its own
-to a float LoRA that can be swapped."""
+to a float LoRA that can be swapped. edgeadapt's int4 with two adapters is calibrated on Python's help topics and on
+training examples of the adapters' tasks (`benchmarks/calibration_texts.py`); none of the measured texts are among them.
+The other engines' int4 is what their own tools make."""
 _SWAPS = """*ready*: from the call to when the next prompt may be read, where the engine switches in a call of its own.
 *first token later*: how much longer a prompt of 16 tokens takes to its first token with a swap before it than without.
 *from disk*: the adapter was dropped before. optimum swaps whole models: resident is both in memory, from disk

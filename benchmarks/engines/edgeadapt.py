@@ -24,12 +24,13 @@ EVERY = 1
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "int8": {"flags": ["--quantize", "int8", "--patches"], "adapters": ["sql", "json"]},
-    "int4": {"flags": ["--quantize", "int4", "--patches"], "adapters": ["sql", "json"]},
+    "int4": {"flags": ["--quantize", "int4", "--patches"], "adapters": ["sql", "json"], "calibration_samples": 40},
     "int8-qv8": {"flags": ["--quantize", "int8"], "adapters": ["qv8"]},
     "int4-qv8": {"flags": ["--quantize", "int4"], "adapters": ["qv8"]},
 }
 """qv8: a LoRA of rank 8 on q and v alone, in a bundle of its own, because a bundle's graph has the sites of all its
-adapters."""
+adapters. calibration_samples: of each adapter's training examples, beside general texts; without, a file is not given,
+and int4 is fitted to the texts that come with edgeadapt."""
 
 
 def prepare(configuration: str, base: str, checkpoint: str, adapters: dict[str, str], folder: str) -> dict[str, Any]:
@@ -40,6 +41,11 @@ def prepare(configuration: str, base: str, checkpoint: str, adapters: dict[str, 
     names = [part for name in chosen for part in ("--name", name)]
     command = [sys.executable, "-m", "edgeadapt", "export", *chosen.values(), *names, "--base", base]
     command += ["-o", f"{folder}/model.bundle", *settings["flags"], "--force", "--json", "--quiet"]
+    if count := settings.get("calibration_samples"):
+        import calibration_texts
+
+        samples = calibration_texts.general() + calibration_texts.task_samples("train", count)
+        command += ["--calibrate", str(calibration_texts.write_lines(Path(folder) / "calibration.jsonl", samples))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-2000:])
