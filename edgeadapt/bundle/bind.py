@@ -30,6 +30,11 @@ def bind(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
         BundleError: if the bundle has no slot for something that the adapter changes, a shape does not fit, a value
             is not finite, or the adapter changes nothing.
     """
+    return {name: _checked(resolved.name, name, value) for name, value in _placed(resolved, manifest).items()}
+
+
+def _placed(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
+    """Return an adapter's arrays by graph input name, sorted: all checks of `bind` but those of values."""
     check_takes_adapters(manifest)
     slots = {slot.site: slot for slot in manifest.slots}
     modules = {module.path: module for module in manifest.base.modules}
@@ -42,7 +47,7 @@ def bind(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
     result |= _bind_parameters(resolved, manifest, modules)
     if not result:
         raise BundleError(f"adapter {resolved.name!r} changes nothing", hint="check that it was trained and saved")
-    return {name: _checked(resolved.name, name, value) for name, value in sorted(result.items())}
+    return dict(sorted(result.items()))
 
 
 def check_takes_adapters(manifest: Manifest) -> None:
@@ -89,6 +94,20 @@ def check_inputs(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> 
         BundleError: as `unbind` and `bind` do.
     """
     return bind(unbind(name, inputs, manifest), manifest)
+
+
+def check_fit(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> None:
+    """Check names and shapes as `check_inputs` does, of arrays whose values were checked when their file was read.
+
+    Args:
+        name: the adapter's.
+        inputs: arrays by graph input name, of any dtype.
+        manifest: the bundle's.
+
+    Raises:
+        BundleError: as `unbind` and `bind` do.
+    """
+    _placed(unbind(name, inputs, manifest), manifest)
 
 
 def _not_settable(name: str, input_: str, manifest: Manifest) -> BundleError:

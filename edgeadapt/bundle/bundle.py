@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from threading import Thread
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.adapter_json import AdapterJson, read_adapter_json
-from edgeadapt.bundle.bind import check_inputs
+from edgeadapt.bundle.assemble import assemble
+from edgeadapt.bundle.bind import check_fit
 from edgeadapt.bundle.golden import Golden, parse_golden
 from edgeadapt.bundle.manifest import AdapterRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
@@ -19,7 +23,7 @@ from edgeadapt.bundle.onnx_adapter import parse_onnx_adapter
 from edgeadapt.bundle.patch import Patch, parse_patch
 from edgeadapt.bundle.recover import recover
 from edgeadapt.bundle.rules import parse_manifest, patch_path
-from edgeadapt.bundle.stored import to_float32
+from edgeadapt.bundle.stored import StoredTensors, with_scales
 from edgeadapt.errors import BundleError, FileError
 from edgeadapt.files import read_bytes
 
@@ -84,9 +88,7 @@ class Bundle:
         record = self.manifest.files[path]
         data = read_bytes(location, max_bytes=record.size)
         if hashlib.sha256(data).hexdigest() != record.sha256:
-            raise BundleError(
-                f"{location} is damaged: its SHA-256 is not the manifest's", hint="export the bundle or copy it again"
-            )
+            raise _damaged(location)
         return data
 
     def asset(self, name: str) -> bytes:
@@ -101,15 +103,46 @@ class Bundle:
         return self.read(f"assets/{name}")
 
     def adapter_tensors(self, name: str) -> dict[str, NDArray[np.float32]]:
-        """Return what an adapter binds: float32 arrays by graph input name, checked against the slots.
+        """Return what an adapter sets at each module: float32 arrays by input name, checked against the slots.
 
         Raises:
             BundleError: if there is no such adapter, or its file is damaged or sets something that it may not.
         """
+        with self._stored_adapter(name) as tensors:
+            return {key: tensors.float32(key) for key in tensors.values}
+
+    def graph_tensors(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """Return what an adapter binds: float32 arrays by graph input, as `assemble` puts them together.
+
+        Raises:
+            BundleError: if there is no such adapter, or its file is damaged or sets something that it may not.
+        """
+        with self._stored_adapter(name) as tensors:
+            return assemble(tensors.values, self.manifest, tensors.fill)
+
+    @contextmanager
+    def _stored_adapter(self, name: str) -> Iterator[StoredTensors]:
+        """Give the tensors of an adapter's file, checked, while its digest is computed in another thread.
+
+        What is made of them may leave the block only at its end: there the digest is known, and if it is wrong, that is
+        the error, whatever else was found.
+        """
         self.adapter_record(name)
         path = f"adapters/{name}/adapter.onnx_adapter"
-        content = parse_onnx_adapter(self.read(path), str(self.path / path))
-        return check_inputs(name, to_float32(content.tensors), self.manifest)
+        location = self.file(path)
+        record = self.manifest.files[path]
+        data = read_bytes(location, max_bytes=record.size)
+        digests: list[str] = []
+        hashing = Thread(target=lambda: digests.append(hashlib.sha256(data).hexdigest()))
+        hashing.start()
+        try:
+            tensors = with_scales(parse_onnx_adapter(data, str(location)).tensors)
+            check_fit(name, tensors.values, self.manifest)
+            yield tensors
+        finally:
+            hashing.join()
+            if digests != [record.sha256]:
+                raise _damaged(location)
 
     def adapter_json(self, name: str) -> AdapterJson:
         """Return an adapter's own record."""
@@ -183,6 +216,12 @@ def open_bundle(path: Path | str, *, check_files: bool = True) -> Bundle:
             if (problem := file_problem(folder, file, manifest)) is not None:
                 raise BundleError(f"{folder}: {file} {problem}", hint="run `edgeadapt verify`, or export it again")
     return Bundle(folder, manifest)
+
+
+def _damaged(location: Path) -> BundleError:
+    return BundleError(
+        f"{location} is damaged: its SHA-256 is not the manifest's", hint="export the bundle or copy it again"
+    )
 
 
 def file_problem(folder: Path, path: str, manifest: Manifest) -> str | None:

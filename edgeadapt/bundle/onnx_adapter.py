@@ -35,13 +35,15 @@ MAX_BYTES = 2**31 - 1
 _MAX_PARAMETERS = 100_000
 _MAX_AXES = 8
 _MAX_NAME_BYTES = 1024
+_FLOAT32, _FLOAT16 = np.dtype("<f4"), np.dtype("<f2")
 _CODES: Mapping[int, np.dtype[Any]] = {
-    1: np.dtype("<f4"),
+    1: _FLOAT32,
     3: np.dtype("i1"),
-    10: np.dtype("<f2"),
+    10: _FLOAT16,
 }  # ONNX TensorProto.DataType
 _FLOAT16_MAGNITUDE, _FLOAT16_INFINITY = np.uint16(0x7FFF), np.uint16(0x7C00)
 _SMALL = 256  # numbers
+_BLOCK = 2**17  # float16 numbers that are looked at at once: they fit into a processor's cache
 _U32, _I32 = struct.Struct("<I"), struct.Struct("<i")
 _PARAMETER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
 _ADAPTER_VTABLE = struct.pack("<6H", 12, 20, 4, 8, 12, 16)
@@ -85,20 +87,22 @@ def parse_onnx_adapter(data: bytes, where: str) -> OnnxAdapter:
     version = reader.scalar(root[0])
     if version != FORMAT_VERSION:
         raise reader.error(f"format version {version}, only {FORMAT_VERSION} is known")
-    positions = reader.vector(root[3], 4, "parameters")
-    if not 0 < positions.count <= _MAX_PARAMETERS:
-        raise reader.error(f"{positions.count} parameters, must be 1 to {_MAX_PARAMETERS}")
+    start, count = reader.vector(root[3], 4, "parameters")
+    if not 0 < count <= _MAX_PARAMETERS:
+        raise reader.error(f"{count} parameters, must be 1 to {_MAX_PARAMETERS}")
     tensors: dict[str, Array] = {}
+    starts: list[int] = []
     used = 0
-    for index in range(positions.count):
-        name, value = _parameter(reader, reader.follow(positions.start + 4 * index))
+    for offset in range(start, start + 4 * count, 4):
+        name, value, data_start = _parameter(reader, reader.follow(offset))
+        starts.append(data_start)
         used += value.nbytes
         if name in tensors:
             raise reader.error(f"two tensors are named {name!r}")
         if used > len(data):
             raise reader.error("tensors share their data")
         tensors[name] = value
-    for name in _not_finite(tensors):
+    for name in _not_finite(tensors, _are_finite_halves(data, tensors, starts)):
         raise reader.error(f"tensor {name!r} holds NaN or infinite values")
     return OnnxAdapter(reader.scalar(root[1]), reader.scalar(root[2]), dict(sorted(tensors.items())))
 
@@ -177,7 +181,8 @@ def _append(out: bytearray, name: str, value: Array) -> tuple[int, int, int]:
     return name_at, dims_at, raw_at
 
 
-def _parameter(reader: _Reader, position: int) -> tuple[str, Array]:
+def _parameter(reader: _Reader, position: int) -> tuple[str, Array, int]:
+    """Return a tensor's name, the tensor, and where its data begins."""
     fields = reader.table(position, fields=4)
     name = reader.string(fields[0])
     code = reader.scalar(fields[2])
@@ -186,27 +191,44 @@ def _parameter(reader: _Reader, position: int) -> tuple[str, Array]:
         raise reader.error(
             f"tensor {name!r} has data type {code}; only 1 (float32), 3 (int8) and 10 (float16) are allowed"
         )
-    dims = reader.vector(fields[1], 8, f"dims of {name!r}")
-    if not 0 < dims.count <= _MAX_AXES:
-        raise reader.error(f"tensor {name!r} has {dims.count} axes, must be 1 to {_MAX_AXES}")
-    shape = struct.unpack_from(f"<{dims.count}q", reader.data, dims.start)
-    if any(not 0 < axis < 2**31 for axis in shape):
+    dims, axes = reader.vector(fields[1], 8, "dims of {!r}", name)
+    if not 0 < axes <= _MAX_AXES:
+        raise reader.error(f"tensor {name!r} has {axes} axes, must be 1 to {_MAX_AXES}")
+    shape = struct.unpack_from(f"<{axes}q", reader.data, dims)
+    if min(shape) <= 0 or max(shape) >= 2**31:
         raise reader.error(f"tensor {name!r} has the shape {list(shape)}")
-    raw = reader.vector(fields[3], 1, f"data of {name!r}")
+    start, size = reader.vector(fields[3], 1, "data of {!r}", name)
     count = math.prod(shape)
-    if count * dtype.itemsize != raw.count:
-        raise reader.error(
-            f"tensor {name!r} of shape {list(shape)} needs {count * dtype.itemsize} bytes, has {raw.count}"
-        )
-    return name, np.frombuffer(reader.data, dtype, count, raw.start).reshape(shape)
+    if count * dtype.itemsize != size:
+        raise reader.error(f"tensor {name!r} of shape {list(shape)} needs {count * dtype.itemsize} bytes, has {size}")
+    return name, np.ndarray(shape, dtype, reader.data, start), start
 
 
-def _not_finite(tensors: Mapping[str, Array]) -> list[str]:
-    """Return the names of tensors that hold NaN or infinite values; the small ones are first looked at together."""
-    small = [value.reshape(-1) for value in tensors.values() if value.size < _SMALL and value.dtype == np.float32]
-    known = not small or bool(np.isfinite(np.concatenate(small)).all())
-    suspects = {n: v for n, v in tensors.items() if not (known and v.size < _SMALL and v.dtype == np.float32)}
+def _not_finite(tensors: Mapping[str, Array], halves_are: bool) -> list[str]:
+    """Return the names of tensors that hold NaN or infinite values, but for float16 if it is known that none does.
+
+    Of float32, the small ones are first looked at together: an int8 file has hundreds.
+    """
+    small = [value.reshape(-1) for value in tensors.values() if value.dtype == _FLOAT32 and value.size < _SMALL]
+    small_are = not small or bool(np.isfinite(np.concatenate(small)).all())
+    suspects = {
+        name: value
+        for name, value in tensors.items()
+        if not (halves_are if value.dtype == _FLOAT16 else small_are and value.size < _SMALL)
+    }
     return [name for name, value in suspects.items() if not _is_finite(value)]
+
+
+def _are_finite_halves(data: bytes, tensors: Mapping[str, Array], starts: list[int]) -> bool:
+    """Whether all float16 tensors are finite: all looked at at once, with what lies between them.
+
+    False may be wrong: names and lengths can look like infinity. True cannot. The tensors' data begins at `starts`.
+    """
+    starts = [start for start, value in zip(starts, tensors.values(), strict=True) if value.dtype == _FLOAT16]
+    if not starts or any(start % 2 for start in starts):
+        return False
+    halves = np.frombuffer(data, np.uint16, (len(data) - min(starts)) // 2, min(starts))
+    return all(_is_finite(halves[start : start + _BLOCK]) for start in range(0, len(halves), _BLOCK))
 
 
 def _is_finite(value: Array) -> bool:
@@ -214,12 +236,6 @@ def _is_finite(value: Array) -> bool:
     if value.dtype.itemsize == 2:
         return bool((value.view(np.uint16) & _FLOAT16_MAGNITUDE).max() < _FLOAT16_INFINITY)
     return value.dtype.kind == "i" or bool(np.isfinite(value).all())
-
-
-@dataclass(frozen=True)
-class _Vector:
-    start: int
-    count: int
 
 
 @dataclass(frozen=True)
@@ -244,28 +260,31 @@ class _Reader:
             raise self.error(f"byte {position} is not aligned to {align} bytes")
 
     def u32(self, position: int) -> int:
-        if position < 0 or position % 4 or position + 4 > len(self.data):
+        if position % 4 or not 0 <= position <= len(self.data) - 4:
             self.check(position, 4, 4)
-        return int(_U32.unpack_from(self.data, position)[0])
+        value: int = _U32.unpack_from(self.data, position)[0]
+        return value
 
     def i32(self, position: int) -> int:
-        if position < 0 or position % 4 or position + 4 > len(self.data):
+        if position % 4 or not 0 <= position <= len(self.data) - 4:
             self.check(position, 4, 4)
-        return int(_I32.unpack_from(self.data, position)[0])
+        value: int = _I32.unpack_from(self.data, position)[0]
+        return value
 
     def follow(self, position: int) -> int:
         """Return where the offset at `position` leads."""
         return position + self.u32(position)
 
-    def table(self, position: int, fields: int) -> tuple[int, ...]:
+    def table(self, position: int, fields: int) -> list[int]:
         """Return the position of each field of a table, 0 where it is absent (its default then holds)."""
         vtable = position - self.i32(position)
         known = self.vtables.get((vtable, fields))
         if known is None:
             known = self.vtables[vtable, fields] = self._vtable(vtable, position, fields)
         table_bytes, offsets = known
-        self.check(position, table_bytes, 4)
-        return tuple([position + offset if offset else 0 for offset in offsets])
+        if position % 4 or not 0 <= position <= len(self.data) - table_bytes:
+            self.check(position, table_bytes, 4)
+        return [position + offset if offset else 0 for offset in offsets]
 
     def _vtable(self, vtable: int, position: int, fields: int) -> tuple[int, tuple[int, ...]]:
         """Return a table's size and its fields' offsets in it, 0 for those that are absent."""
@@ -285,20 +304,23 @@ class _Reader:
     def scalar(self, position: int) -> int:
         return self.i32(position) if position else 0
 
-    def vector(self, field: int, item_bytes: int, what: str) -> _Vector:
+    def vector(self, field: int, item_bytes: int, what: str, name: str = "") -> tuple[int, int]:
+        """Return where a vector's items begin, and their number. `what` with `name` in it is for the message."""
         if not field:
-            raise self.error(f"{what} are missing")
-        position = self.follow(field)
+            raise self.error(f"{what.format(name)} are missing")
+        position = field + self.u32(field)
         count = self.u32(position)
-        self.check(position + 4, count * item_bytes, min(item_bytes, 8))
-        return _Vector(position + 4, count)
+        start = position + 4
+        if start % item_bytes or start + count * item_bytes > len(self.data):
+            self.check(start, count * item_bytes, item_bytes)
+        return start, count
 
     def string(self, field: int) -> str:
-        vector = self.vector(field, 1, "a parameter's name")
-        if not 0 < vector.count <= _MAX_NAME_BYTES:
-            raise self.error(f"a parameter's name has {vector.count} bytes, must be 1 to {_MAX_NAME_BYTES}")
+        start, count = self.vector(field, 1, "a parameter's name")
+        if not 0 < count <= _MAX_NAME_BYTES:
+            raise self.error(f"a parameter's name has {count} bytes, must be 1 to {_MAX_NAME_BYTES}")
         try:
-            text = self.data[vector.start : vector.start + vector.count].decode("utf-8")
+            text = self.data[start : start + count].decode("utf-8")
         except UnicodeDecodeError as cause:
             raise self.error(f"a parameter's name is not UTF-8: {cause}") from cause
         if not text.isprintable():

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeadapt.bundle.assemble import assemble
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.errors import BundleError, FileError, SessionError
 from edgeadapt.files import canonical_json, parse_json, read_bytes, sha256_file, write_errors
@@ -98,7 +97,7 @@ def prepacked_graph(bundle: Bundle, graph: str) -> Path:
 
 
 def mapped_adapter(bundle: Bundle, name: str) -> dict[str, NDArray[np.float32]]:
-    """Return what an adapter binds (see `assemble`) as views of a mapped file, which is made when first needed.
+    """Return `bundle.graph_tensors(name)` as views of a mapped file, which is made when first needed.
 
     Raises:
         BundleError: if there is no such adapter, or its file is damaged or sets something that it may not.
@@ -112,7 +111,7 @@ def mapped_adapter(bundle: Bundle, name: str) -> dict[str, NDArray[np.float32]]:
     }
 
     def make(folder: Path) -> None:
-        _write_tensors(folder, assemble(bundle.adapter_tensors(name), bundle.manifest))
+        _write_tensors(folder, bundle.graph_tensors(name))
 
     return _map_tensors(cached_entry(made_from, make, needed_bytes=_ADAPTER_GROWTH * file.size))
 

@@ -94,7 +94,9 @@ class Residents:
             except FileError as error:
                 warnings.warn(f"adapters are not shared: {error.message}; {error.hint}", stacklevel=2)
                 self._mapped = False
-        return assemble(self._arrays(name), self._bundle.manifest)
+        if name in self._lent:
+            return assemble(self._lent[name], self._bundle.manifest)
+        return self._bundle.graph_tensors(name)
 
 
 def adapter_key(adapter: str | Mapping[str, float] | None, known: tuple[str, ...]) -> AdapterKey:

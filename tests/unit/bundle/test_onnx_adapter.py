@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import struct
 
 import numpy as np
@@ -230,3 +231,27 @@ def test_what_is_not_written(tensors, message):
     with pytest.raises(BundleError) as caught:
         dump_onnx_adapter(tensors)
     assert caught.value.message == message
+
+
+@pytest.mark.parametrize("position", [0, 63, 64, 127, 191])
+def test_infinity_among_bytes_that_look_like_it(position):
+    values = np.ones((3, 64), np.float16)
+    names = ("a", "||||||||", "~~~~")
+    data = dump_onnx_adapter(dict(zip(names, values, strict=True)))
+    assert parse_onnx_adapter(data, "f").tensors.keys() == set(names)
+    values.reshape(-1)[position] = 2.5
+    data = dump_onnx_adapter(dict(zip(names, values, strict=True)))
+    data = data.replace(np.float16(2.5).tobytes(), np.float16(-np.inf).tobytes())
+    with pytest.raises(BundleError, match=f"tensor {re.escape(repr(names[position // 64]))} holds NaN or infinite"):
+        parse_onnx_adapter(data, "f")
+
+
+@pytest.mark.parametrize("position", [0, 5_000, 299_999])
+def test_infinity_in_a_large_file(position):
+    values = np.ones((3, 100_000), np.float16)
+    values.reshape(-1)[position] = 2.5
+    data = dump_onnx_adapter(dict(zip("abc", values, strict=True)))
+    assert parse_onnx_adapter(data, "f").tensors.keys() == set("abc")
+    data = data.replace(np.float16(2.5).tobytes(), np.float16(np.nan).tobytes())
+    with pytest.raises(BundleError, match=f"tensor '{'abc'[position // 100_000]}' holds NaN or infinite"):
+        parse_onnx_adapter(data, "f")
