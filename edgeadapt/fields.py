@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -80,7 +81,7 @@ class _Reader:
         for key in data:
             if key not in fields:
                 raise self.unknown(key, tuple(fields), path)
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         values = {}
         for name, field in fields.items():
             if name in data:
@@ -175,6 +176,12 @@ class _Reader:
 
     def fail(self, message: str, hint: str) -> EdgeAdaptError:
         return self.error(f"{self.where}: {message}", hint=hint)
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Return a dataclass's types by field; a manifest holds hundreds of instances."""
+    return typing.get_type_hints(cls)
 
 
 def _join(path: str, name: Any) -> str:
