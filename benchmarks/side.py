@@ -63,8 +63,10 @@ class Side:
     def launch(self, logs: Path) -> None:
         """Start the process; nothing is loaded yet."""
         command = [str(self.python), str(HERE / "child.py"), str(self.module.__file__)]
-        # Every engine runs with its own defaults, so nothing of the caller's tuning may reach it.
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
+        # Every engine runs with its own defaults, so nothing of the caller's tuning may reach it; and its modules are
+        # compiled once, as an installation does it.
+        callers = ("OMP_", "GOMP_", "KMP_", "MKL_", "PYTHONDONTWRITEBYTECODE")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(callers)}
         environment |= {"EDGEADAPT_CACHE_DIR": str(logs.parent / "cache"), **self.environment}
         logs.mkdir(parents=True, exist_ok=True)
         with (logs / f"{re.sub('[^a-zA-Z0-9_]+', '-', self.name)}.log").open("w") as log:
