@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 ROWWISE_TYPES = ("linear", "conv1d", "norm")
 """Modules whose slot computes by plain products and sums, which broadcast: each row of a batch may bring its own
-adapter. Their inputs declare no shape, because a first axis may come before the usual ones."""
+adapter where its values are [batch, seq, out]. There the inputs declare no shape, because a first axis may come before
+the usual ones."""
 
 
 @dataclass(frozen=True)

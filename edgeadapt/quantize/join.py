@@ -113,7 +113,10 @@ def _join(graph: ir.Graph, parts: list[_Part]) -> None:
     product.outputs[0].type = first.outputs[0].type
     sites = ir.AttrStrings("sites", [part.site for part in parts])
     marker = ir.Node(MARKER_DOMAIN, ADAPTER_SITE, [first.inputs[0], product.outputs[0]], [sites])
-    marker.outputs[0].type = first.outputs[0].type
+    of_first = parts[0].marker.outputs[0]
+    marker.outputs[0].type = of_first.type
+    if of_first.shape is not None:
+        marker.outputs[0].shape = ir.Shape([*of_first.shape[:-1], attributes["N"].value])
     graph.insert_before(first, [product, marker])
     outputs = [part.marker.outputs[0] for part in parts]
     attention = _attention_of(outputs)

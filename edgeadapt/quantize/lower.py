@@ -143,24 +143,27 @@ class _Lowering:
         site = module.path
         inputs = self.sites.setdefault(site, {})
         x, y = _given(node, 0), _given(node, 1)
+        # a first axis of the tensors meets the rows only in [batch, seq, out], not in a norm of heads apart
+        shape = node.outputs[0].shape
+        rowwise = module.type in ROWWISE_TYPES and shape is not None and len(shape) == 3
         nodes: list[ir.Node] = []
         if "a" in terms:
-            a, b = self._low_rank_inputs(site, module, inputs, varies=varies)
+            a, b = self._low_rank_inputs(site, module, inputs, varies=varies, rowwise=rowwise)
             nodes += _low_rank(x, a, b, module, _conv_of(node, module))
             y = _append(nodes, "Add", [y, nodes[-1].outputs[0]])
         for term, op, default in (("gain", "Mul", np.ones), ("offset", "Add", np.zeros)):
             if term in terms:
                 if term not in inputs:
                     size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
-                    shape = None if module.type in ROWWISE_TYPES else [axis]
-                    inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), shape)
+                    declared = None if rowwise else [axis]
+                    inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), declared)
                 vector = inputs[term]
                 y = _append(nodes, op, [y, _per_channel(nodes, vector, module)])
         self.graph.insert_before(node, nodes)
         return y
 
     def _low_rank_inputs(
-        self, site: str, module: TargetModule, inputs: dict[str, ir.Value], *, varies: bool
+        self, site: str, module: TargetModule, inputs: dict[str, ir.Value], *, varies: bool, rowwise: bool
     ) -> tuple[ir.Value, ir.Value]:
         if "a" not in inputs:
             sizes = {"rank": 0, "out": 1 if varies else module.out_features}
@@ -168,9 +171,7 @@ class _Lowering:
             for term, name, shape in zip("ab", ("lora_A", "lora_B"), _low_rank_shapes(module), strict=True):
                 default = np.zeros([sizes[d] if isinstance(d, str) else d for d in shape], np.float32)
                 declared = [axes[d] if isinstance(d, str) else d for d in shape]
-                inputs[term] = self._input(
-                    f"{site}.{name}", default, None if module.type in ROWWISE_TYPES else declared
-                )
+                inputs[term] = self._input(f"{site}.{name}", default, None if rowwise else declared)
         return inputs["a"], inputs["b"]
 
     def _input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str] | None) -> ir.Value:

@@ -125,7 +125,7 @@ def obstacle(names: set[str], inputs: Mapping[str, TensorInfo], manifest: Manife
         if kind not in ROWWISE_TYPES:
             return f"module {site!r} is of type {kind!r}, which takes one adapter for all rows"
         if name in inputs and inputs[name].shape:
-            return f"this bundle's graph takes one {name!r} for all rows: export it again"
+            return f"this bundle's graph takes one {name!r} for all rows; another export may take more"
     return None
 
 

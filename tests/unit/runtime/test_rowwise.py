@@ -107,7 +107,7 @@ def test_rows_from_any_place_on():
         ({"l.A", "e.A"}, set(), "module 'e' is of type 'embedding', which takes one adapter for all rows"),
         ({"k.B"}, set(), "module 'k' is of type 'conv2d', which takes one adapter for all rows"),
         ({"l.g", "head.weight"}, set(), "parameter 'head.weight' is replaced whole, for all rows at once"),
-        ({"p+q.A"}, {"p+q.A"}, "this bundle's graph takes one 'p+q.A' for all rows: export it again"),
+        ({"p+q.A"}, {"p+q.A"}, "this bundle's graph takes one 'p+q.A' for all rows; another export may take more"),
     ],
 )
 def test_what_cannot_differ_between_rows_is_named(names, declared, expected):
