@@ -164,7 +164,8 @@ class RowBindings:
         return self._last[2]
 
     def _bind(self, keys: Sequence[AdapterKey], first: int) -> Binding | None:
-        tensors = {key: self._session.active.adapter_tensors(key) for key in keys}
+        joining = {row: key for row, key in enumerate(keys, first) if self._stack.keys[row] != key}
+        tensors = {key: self._session.active.adapter_tensors(key) for key in set(joining.values())}
         names = {name for of_one in tensors.values() for name in of_one}
         if self._mixed is None:
             self._mixed = self._session.active.slots_binding()
@@ -173,9 +174,8 @@ class RowBindings:
             return None
         arrays = {key: {name: tensor.numpy() for name, tensor in of_one.items()} for key, of_one in tensors.items()}
         self._stack.reserve(arrays.values())
-        for row, key in enumerate(keys, first):
-            if self._stack.keys[row] != key:
-                self._stack.put(row, key, arrays[key])
+        for row, key in joining.items():
+            self._stack.put(row, key, arrays[key])
         wanted = self._stack.part(first, len(keys))
         if wanted is not self._bound:
             for name, tensor in wanted.items():

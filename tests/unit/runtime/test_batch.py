@@ -216,12 +216,18 @@ def test_prompts_of_unlike_lengths_are_read_apart(session, reads):
 def test_an_adapter_is_written_to_its_row_once(session, reads, monkeypatch):
     """Rows that join while others write are read on the rows on which they write on."""
     put, written = RowAdapters.put, []
+    tensors_of, blended = session.active.adapter_tensors, []
 
     def watched(stack, row, key, tensors):
         written.append((row, key))
         put(stack, row, key, tensors)
 
+    def asked(key):
+        blended.extend([key] if len(key) > 1 else [])
+        return tensors_of(key)
+
     monkeypatch.setattr(RowAdapters, "put", watched)
+    monkeypatch.setattr(session.active, "adapter_tensors", asked)
     batch = session.batch(6, 64)
     requests = []
     for first in range(0, 6, 2):
@@ -230,6 +236,7 @@ def test_an_adapter_is_written_to_its_row_once(session, reads, monkeypatch):
         batch.step()
         batch.step()
     assert written == [(row, session.active.key_of(adapter)) for row, adapter in enumerate(OWN)]
+    assert len(blended) == 1  # a blend is computed anew each time
     found = [request.result() for request in requests]
     assert reads == [(2, 5)] * 3
     assert found == [_alone(session, "hello", name, max_new_tokens=9, ignore_eos=True) for name in OWN]
@@ -285,7 +292,9 @@ def test_a_graph_that_declares_shapes_runs_the_rows_one_after_the_other(decoder,
         requests = [batch.submit(text, adapter=adapter, max_new_tokens=6, ignore_eos=True) for text, adapter in pairs]
         found = [request.result() for request in requests]
         assert reads == [(2, 5), (1, 10), (2, 15)]  # those of one adapter are read together
-        assert batch.obstacle == ("this bundle's graph takes one 'layers.0.down.lora_A' for all rows; another export may take more")
+        assert batch.obstacle == (
+            "this bundle's graph takes one 'layers.0.down.lora_A' for all rows; another export may take more"
+        )
         pairs = zip(["hello", "you", *PROMPTS[2:]], adapters, strict=True)
         assert found == [_alone(session, text, name, max_new_tokens=6, ignore_eos=True) for text, name in pairs]
 
