@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +97,32 @@ class TargetModule:
     output_scale: float | None = None
     weight: Callable[[], Array] | None = field(default=None, compare=False)
     bias: Callable[[], Array] | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Effective:
+    """What a module of the base computes with an adapter inside: its weight and bias in effect.
+
+    weight: float32 in torch's own layout; bias: float32[out], or None where there is none
+    """
+
+    weight: Array
+    bias: Array | None = None
+
+
+class Library(Protocol):
+    """The library that saved an adapter, at work on the base, where torch is at hand.
+
+    For adapters whose effect is read off the library's own forward instead of computed from their tensors.
+    """
+
+    def effective(self, adapter: Adapter) -> Mapping[str, Effective]:
+        """Return every module of the base that computes something else with the adapter inside, by its path."""
+        ...
+
+    def past(self, adapter: Adapter) -> tuple[tuple[Array, Array], ...]:
+        """Return the key and value that the adapter puts before each layer's own, float32[heads, tokens, dim]."""
+        ...
 
 
 @dataclass(frozen=True)

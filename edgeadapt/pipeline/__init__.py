@@ -6,12 +6,19 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from edgeadapt import bundle as bundles
-from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.files import require_free_space, staged_directory
 from edgeadapt.memory import give_back
 from edgeadapt.patching import variants_of
-from edgeadapt.pipeline.inputs import check_heads, load_base, merge_adapter, named_adapters, needed_bytes, read_samples
+from edgeadapt.pipeline.inputs import (
+    check_heads,
+    load_base,
+    merge_adapter,
+    named_adapters,
+    needed_bytes,
+    read_samples,
+    resolve_on,
+)
 from edgeadapt.pipeline.job import Job
 from edgeadapt.pipeline.measure import parity_of, parity_originals, prune_adapters, quality_of
 from edgeadapt.pipeline.precision import choose_mix, moments_of
@@ -47,7 +54,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
             adapters = named_adapters(recipe)
         with progress.stage("load base"):
             base, given = load_base(recipe, adapters, base, progress), base is not None
-            resolved = [resolve(adapter, base.modules, base_name=base.name) for adapter in adapters]
+            resolved = [resolve_on(base, adapter) for adapter in adapters]
             check_heads(base, resolved)
             samples = read_samples(recipe, base)
             check_adapters(samples, [adapter.name for adapter in adapters])

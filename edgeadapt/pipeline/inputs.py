@@ -85,6 +85,13 @@ def load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | Non
     return dataclasses.replace(base, max_length=recipe.max_length)
 
 
+def resolve_on(base: BaseModel, adapter: Adapter) -> ResolvedAdapter:
+    """Return an adapter as arrays at the base's modules, its library at hand."""
+    from edgeadapt.merging.library import PeftLibrary
+
+    return resolve(adapter, base.modules, base_name=base.name, library=PeftLibrary(base))
+
+
 def check_heads(base: BaseModel, resolved: Sequence[ResolvedAdapter]) -> None:
     """Refuse an adapter that leaves a head untrained that the base's checkpoint does not have either."""
     for adapter in resolved:
@@ -123,7 +130,7 @@ def merge_adapter(job: Job) -> Job:
     target = base_for_merge(job.base, adapter, job.recipe.merge_base)
     record: dict[str, Any] = {"adapter": adapter.name, "base": target.quantized_from or "original"}
     if target is not job.base:
-        resolved = resolve(adapter, target.modules, base_name=target.name)
+        resolved = resolve_on(target, adapter)
         record["nf4_error_to_change"] = summary_of_ratios(merge_error_ratio(job.base, target, resolved))
     merged = merge(target, resolved)
     cases = parity_cases(target, job.samples.texts)

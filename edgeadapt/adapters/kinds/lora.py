@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter, TargetModule, TensorRef
+from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule, TensorRef
 from edgeadapt.adapters.kinds._lora_config import check_config
 from edgeadapt.adapters.kinds._lora_resolve import resolve_lora
 from edgeadapt.adapters.kinds._lora_tensors import LORA_TERMS, factor_keys, is_training_state, split_keys
@@ -97,12 +97,15 @@ def _file(adapter: Adapter) -> str:
     return str(next(iter(adapter.tensors.values())).file)
 
 
-def resolve(adapter: Adapter, modules: Mapping[str, TargetModule], base_name: str | None = None) -> ResolvedAdapter:
-    """Return the adapter as arrays, proven complete against the base's `modules`.
+def resolve(
+    adapter: Adapter, modules: Mapping[str, TargetModule], base_name: str | None, library: Library | None
+) -> ResolvedAdapter:
+    """Return the adapter as arrays, proven complete against the base's `modules`; its tensors say it all.
 
     Raises:
         AdapterError: a selected module has no tensors, a tensor has no use, or the base does not fit.
     """
+    del library
     return resolve_lora(adapter, modules, base_name)
 
 
