@@ -32,15 +32,37 @@ def read_adapters(path: Path) -> tuple[Adapter, ...]:
 
 
 def kind_module(name: str) -> ModuleType:
-    """Return the module of an adapter kind."""
-    return registry.load(KINDS, name, AdapterError)
+    """Return the module of an adapter kind.
+
+    Raises:
+        AdapterError: there is no such kind.
+    """
+    for file in registry.names(KINDS):
+        module = registry.load(KINDS, file, AdapterError)
+        if name in _kinds_in(module, file):
+            return module
+    raise AdapterError(f"unknown kind {name!r}", hint=f"known: {', '.join(known_kinds())}")
+
+
+def known_kinds() -> dict[str, str]:
+    """Return every kind of adapter and what it is, in one line, sorted by name."""
+    found: dict[str, str] = {}
+    for file in registry.names(KINDS):
+        found |= _kinds_in(registry.load(KINDS, file, AdapterError), file)
+    return dict(sorted(found.items()))
+
+
+def _kinds_in(module: ModuleType, file: str) -> Mapping[str, str]:
+    """Return the kinds of one file: those that it lists in `KINDS`, or the one that it is named after."""
+    first_line = (module.__doc__ or "").partition("\n")[0]
+    kinds: Mapping[str, str] = getattr(module, "KINDS", {file: first_line})
+    return kinds
 
 
 def _read_one(name: str, folder: Path, root: Path) -> Adapter:
     config = peft_files.read_config(folder)
     config_file = folder / peft_files.CONFIG
-    kind_name = _kind_of(config, config_file)
-    kind = kind_module(kind_name)
+    kind, kind_name = _kind_of(config, config_file)
     try:
         warnings: list[str] = list(kind.check(config))
     except AdapterError as error:
@@ -54,19 +76,21 @@ def _read_one(name: str, folder: Path, root: Path) -> Adapter:
     return Adapter(name, folder, kind_name, "peft", config, tensors, base, tuple(warnings))
 
 
-def _kind_of(config: Mapping[str, Any], file: Path) -> str:
-    known = registry.names(KINDS)
+def _kind_of(config: Mapping[str, Any], file: Path) -> tuple[ModuleType, str]:
+    """Return the module and the name of the kind that a config is of."""
+    known = ", ".join(known_kinds())
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str):
         raise AdapterError(
-            f"{file} has no peft_type: it was not saved by peft", hint=f"known kinds of adapter: {', '.join(known)}"
+            f"{file} has no peft_type: it was not saved by peft", hint=f"known kinds of adapter: {known}"
         )
-    for name in known:
-        if kind_module(name).claims("peft", config):
-            return name
+    for name in registry.names(KINDS):
+        module = registry.load(KINDS, name, AdapterError)
+        if module.claims("peft", config):
+            return module, module.kind_of(config) if hasattr(module, "KINDS") else name
     raise AdapterError(
         f"{file}: peft_type {peft_type!r} is not supported",
-        hint=f"known kinds of adapter: {', '.join(known)}; peft's save_as_lora converts some other kinds to lora",
+        hint=f"known kinds of adapter: {known}; peft's save_as_lora converts some other kinds to lora",
     )
 
 

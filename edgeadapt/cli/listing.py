@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from edgeadapt import registry, settings
+from edgeadapt.adapters.read import known_kinds
 from edgeadapt.cli import output
 from edgeadapt.cli.options import Json
 
@@ -24,7 +25,7 @@ class Topic(StrEnum):
     recipes = "recipes"
 
 
-_PACKAGES = {Topic.kinds: "edgeadapt.adapters.kinds", Topic.schemes: "edgeadapt.quantize.schemes"}
+_SCHEMES = "edgeadapt.quantize.schemes"
 
 
 def listing(
@@ -33,9 +34,10 @@ def listing(
     json: Json = False,
 ) -> None:
     """List adapter kinds, quantization schemes, devices or recipes."""
-    if topic in _PACKAGES:
-        package = _PACKAGES[topic]
-        rows = {name: _first_line(f"{package}.{name}") for name in registry.names(package)}
+    if topic == Topic.kinds:
+        rows = known_kinds()
+    elif topic == Topic.schemes:
+        rows = {name: _first_line(f"{_SCHEMES}.{name}") for name in registry.names(_SCHEMES)}
     else:
         rows = {name: settings.summary(settings.find(topic, name)) for name in settings.names(topic)}
     if json:

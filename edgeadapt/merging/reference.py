@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from edgeadapt.merging.graft import follow_rows, set_parameter, share
 from edgeadapt.merging.quiet import quiet
 
 # peft drops keys of an adapter whose name is also a segment of a module path ("1"), so ours can be none.
-_NAME = "edgeadapt_reference"
+REFERENCE = "edgeadapt_reference"
+"""The name under which an adapter is loaded into peft."""
 _PREFIX = "base_model.model."
 _NAMES_SHOWN = 5
 # These leave the base as it is; every other initialization ("pissa", "olora", ...) may rewrite its weights in place.
@@ -56,10 +57,11 @@ def adapter_outputs(
     base: BaseModel, adapter: Adapter, cases: Sequence[Mapping[str, torch.Tensor]]
 ) -> list[dict[str, Array]]:
     """Return one adapter's outputs for every case; see `reference_outputs`."""
-    biases = _biases(base, adapter)
+    touched = _touched(base, adapter)
+    biases = bias_digests(base, touched)
     model = adapted_module(base, adapter)
     outputs = [model_outputs(base, model, case) for case in cases]
-    _check_untouched(base, adapter, biases)
+    check_untouched(base, adapter, touched, biases)
     return outputs
 
 
@@ -143,18 +145,31 @@ def _load(module: nn.Module, config: Any, adapter: Adapter) -> Any:
     """Return a PeftModel on `module`, loaded by peft's own reading where the keys are as peft writes them."""
     from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
-    if all(ref.key == _PREFIX + key for key, ref in adapter.tensors.items()):
-        return PeftModel.from_pretrained(module, str(adapter.path), adapter_name=_NAME, config=config)
+    if hasattr(config, "progressbar"):
+        config.progressbar = False  # FRoD's own
+    if all(ref.key == _spelled(key) for key, ref in adapter.tensors.items()):
+        return PeftModel.from_pretrained(module, str(adapter.path), adapter_name=REFERENCE, config=config)
     config.inference_mode = True
-    model = get_peft_model(module, config, adapter_name=_NAME)
-    tensors = {_PREFIX + key: torch.from_numpy(np.array(ref.read())) for key, ref in adapter.tensors.items()}
-    set_peft_model_state_dict(model, tensors, adapter_name=_NAME)
+    model = get_peft_model(module, config, adapter_name=REFERENCE)
+    tensors = {_spelled(key): torch.from_numpy(np.array(ref.read())) for key, ref in adapter.tensors.items()}
+    set_peft_model_state_dict(model, tensors, adapter_name=REFERENCE)
     return model
+
+
+def _spelled(key: str) -> str:
+    """Return a normalized key as peft writes it; what belongs to no module stands beside the model."""
+    return key if key.startswith("base_model.") else _PREFIX + key
 
 
 def _from_library(adapter: Adapter, verb: str, work: Any) -> Any:
     try:
         return work()
+    except ImportError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MergeError(
+            f"peft cannot {verb} adapter {adapter.name!r} here, a package is missing: {reason}",
+            hint=f"install what it names ({error.name or 'see above'}), and export again",
+        ) from error
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MergeError(
@@ -204,16 +219,20 @@ def _exchange(module: nn.Module, old: nn.Parameter, fresh: torch.Tensor) -> None
 
 def _prove_loaded(model: nn.Module, adapter: Adapter) -> None:
     """Check that every tensor of the file is in the model, with its value, and that no tensor is still fresh."""
+    from peft import get_peft_model_state_dict
+
+    with quiet():
+        own = get_peft_model_state_dict(model, adapter_name=REFERENCE, save_embedding_layers=False)
+    own = {_canonical(key): value for key, value in own.items() if ".original_module." not in key}
     state = model.state_dict()
+    present = {_canonical(key): value for key, value in state.items() if ".original_module." not in key} | own
     saved = {_canonical(key): ref for key, ref in adapter.tensors.items()}
-    present = {_canonical(key): key for key in state if ".original_module." not in key}
-    own = {_canonical(key) for key in state if f".{_NAME}" in key}
     absent = sorted(saved.keys() - present.keys())
-    fresh = sorted(own - saved.keys())
+    fresh = sorted(own.keys() - saved.keys())
     wrong = [
         key
         for key in sorted(saved.keys() & present.keys())
-        if not np.array_equal(_array(state[present[key]]), saved[key].read())
+        if not np.array_equal(_array(present[key]), saved[key].read())
     ]
     for names, problem in ((absent, "were not loaded"), (fresh, "are not in its file"), (wrong, "have other values")):
         if names:
@@ -228,7 +247,7 @@ def _prove_loaded(model: nn.Module, adapter: Adapter) -> None:
 def _canonical(key: str) -> str:
     """Return one spelling for a tensor's key in a file and in a loaded model."""
     key = key.removeprefix(_PREFIX)
-    key = key.replace(f".{_NAME}", "").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+    key = key.replace(f".{REFERENCE}", "").replace(".modules_to_save.", ".").replace(".base_layer.", ".")
     return re.sub(r"(lora_magnitude_vector)\.weight$", r"\1", key)
 
 
@@ -245,9 +264,9 @@ def _own_weights(base: BaseModel) -> nn.Module:
     return copy
 
 
-def _biases(base: BaseModel, adapter: Adapter) -> dict[str, str]:
-    """Return the digests of the biases at the adapter's modules."""
-    names = [f"{path}.bias" for path in _touched(base, adapter) if base.modules[path].has_bias]
+def bias_digests(base: BaseModel, paths: Iterable[str]) -> dict[str, str]:
+    """Return the digests of the biases at the base's modules `paths`, by name."""
+    names = [f"{path}.bias" for path in paths if base.modules[path].has_bias]
     return {name: module_digest(base.module.get_parameter(name)) for name in names}
 
 
@@ -259,9 +278,13 @@ def _touched(base: BaseModel, adapter: Adapter) -> list[str]:
     return [path for path in base.modules if path in prefixes]
 
 
-def _check_untouched(base: BaseModel, adapter: Adapter, biases: Mapping[str, str]) -> None:
-    """Prove that the base's weights and biases at the adapter's modules are what they were."""
-    before = {f"{path}.weight": base.modules[path].digest for path in _touched(base, adapter)} | dict(biases)
+def check_untouched(base: BaseModel, adapter: Adapter, paths: Iterable[str], biases: Mapping[str, str]) -> None:
+    """Prove that the base's weights at the modules `paths`, and biases with known digests, are what they were.
+
+    Raises:
+        MergeError: if one is not.
+    """
+    before = {f"{path}.weight": base.modules[path].digest for path in paths} | dict(biases)
     for name, digest in before.items():
         if module_digest(base.module.get_parameter(name)) != digest:
             raise MergeError(
