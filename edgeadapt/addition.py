@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt import bundle as bundles
-from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter, TargetModule
+from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule
 from edgeadapt.adapters.labels import read_labels
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
@@ -54,7 +54,7 @@ def add_adapter(
         bundle: a bundle's folder, or what `open_bundle` returned.
         adapter: the adapter's folder, holding one adapter.
         name: its name in the bundle, None for the folder's.
-        base: the base it was trained on, for kinds that need the base's weights (DoRA, trained biases).
+        base: the base it was trained on, for kinds that need the base's weights (DoRA, trained biases, prompts).
         force: replace an adapter of the same name.
         progress: told of each stage.
 
@@ -72,8 +72,8 @@ def add_adapter(
             raise BundleError(
                 f"{opened.path} already has an adapter {found.name!r}", hint="choose another --name, or pass --force"
             )
-        modules = target_modules(manifest) if base is None else _modules_of(base, manifest)
-        resolved = resolve(found, modules, base_name=manifest.base.name)
+        modules, library = (target_modules(manifest), None) if base is None else _at_work(base, manifest)
+        resolved = resolve(found, modules, base_name=manifest.base.name, library=library)
         tensors = bundles.bind(resolved, manifest)
         record = adapter_record(found, resolved)
     with progress.stage("record golden outputs"), open_session(opened) as session:
@@ -144,6 +144,7 @@ def adapter_record(adapter: Adapter, resolved: ResolvedAdapter) -> AdapterRecord
         tolerance=0.0,
         base_checked="stamp" if stamped else "shapes",
         labels=read_labels(adapter, head_size(resolved)),
+        prefix_tokens=0 if resolved.prefix is None else resolved.prefix.tokens,
     )
 
 
@@ -229,12 +230,13 @@ def _golden_problem(session: Session, name: str, golden: Golden) -> str | None:
     return bundles.check_golden(golden, base, adapted)
 
 
-def _modules_of(base: str, manifest: Manifest) -> dict[str, TargetModule]:
-    """Return the modules of a base with their values, checked to be the one that the bundle was made from.
+def _at_work(base: str, manifest: Manifest) -> tuple[dict[str, TargetModule], Library]:
+    """Return a base's modules with their values, and the library that runs adapters on it.
 
     Raises:
-        BundleError: if it is another base.
+        BundleError: if it is not the base that the bundle was made from.
     """
+    from edgeadapt.merging.library import PeftLibrary
     from edgeadapt.merging.load import load_base_model
 
     loaded = load_base_model(base, task=manifest.task, revision=manifest.base.revision)
@@ -246,4 +248,4 @@ def _modules_of(base: str, manifest: Manifest) -> dict[str, TargetModule]:
             f"{len(other)} modules differ, {other[0] if other else 'in number'} first",
             hint="give the base that the bundle was exported from",
         )
-    return modules
+    return modules, PeftLibrary(loaded)

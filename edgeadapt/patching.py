@@ -175,11 +175,13 @@ def _new_values(base: BaseModel, adapter: ResolvedAdapter) -> dict[str, NewValue
     """Return the parameters that a merge would change, by name.
 
     Raises:
-        MergeError: if a module cannot take its update.
+        MergeError: if a module cannot take its update, or no weight changes.
     """
     from edgeadapt.merging.merge import check_site
     from edgeadapt.quantize.patch import NewValue
 
+    if adapter.prefix is not None:
+        raise MergeError("it begins texts with virtual tokens and changes no weight", hint="leave patches out")
     values: dict[str, NewValue] = {}
     for path, update in adapter.sites.items():
         target = base.modules[path]

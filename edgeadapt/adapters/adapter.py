@@ -61,7 +61,8 @@ class Adapter:
 
     `kind` is a file name in `edgeadapt/adapters/kinds`; `layout` names the library whose files these are
     ("peft"); `tensors` is keyed by the normalized key: module path in the base + parameter
-    ("model.layers.0.self_attn.q_proj.lora_A.weight"), without library prefixes or adapter names.
+    ("model.layers.0.self_attn.q_proj.lora_A.weight"), without library prefixes or adapter names. `task_id` says which
+    task of several in one file this is, or is None.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Adapter:
     tensors: Mapping[str, TensorRef]
     base: BaseReference
     warnings: tuple[str, ...] = ()
+    task_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -148,20 +150,38 @@ class SiteUpdate:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """What virtual tokens come to: what a decoder's key-value cache holds before the first token, layer by layer.
+
+    keys, values: float32[heads, tokens, dim] per layer; keys after rotary, for the positions 0, 1, ...
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many positions it takes."""
+        return int(self.keys[0].shape[1])
+
+
+@dataclass(frozen=True)
 class ResolvedAdapter:
     """An adapter as arrays, checked complete against a base.
 
     `sites` maps a module path to its update; `replaced` maps a base parameter's name ("classifier.weight") to its
-    new float32 value (modules_to_save), in torch's layout.
+    new float32 value (modules_to_save), in torch's layout; `prefix` is what every text begins with, or None.
     """
 
     name: str
     kind: str
     sites: Mapping[str, SiteUpdate]
     replaced: Mapping[str, Array]
+    prefix: Prefix | None = None
 
     @property
     def parameter_count(self) -> int:
         """How many numbers the adapter holds."""
         arrays = [x for u in self.sites.values() for x in (u.a, u.b, u.gain, u.offset) if x is not None]
-        return int(sum(np.size(x) for x in [*arrays, *self.replaced.values()]))
+        prefix = () if self.prefix is None else (*self.prefix.keys, *self.prefix.values)
+        return int(sum(np.size(x) for x in [*arrays, *self.replaced.values(), *prefix]))

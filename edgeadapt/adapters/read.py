@@ -21,14 +21,16 @@ KINDS = "edgeadapt.adapters.kinds"
 def read_adapters(path: Path) -> tuple[Adapter, ...]:
     """Return every adapter in the folder `path`: its own, then those of its sub-folders by name.
 
-    Tensors are not read yet, only the files' headers. An adapter's name is its folder's name.
+    Tensors are not read yet, only the files' headers. An adapter's name is its folder's name; a file that holds
+    several tasks gives an adapter for each ("NAME-task0").
 
     Raises:
         AdapterError: there is no adapter, its kind is unknown, or its files are damaged, incomplete or mean a
             computation that edgeadapt does not do.
     """
     path = Path(path)
-    return tuple(_read_one(name, folder, path) for name, folder in peft_files.adapter_folders(path))
+    found = [_read_one(name, folder, path) for name, folder in peft_files.adapter_folders(path)]
+    return tuple(adapter for one in found for adapter in _expanded(one))
 
 
 def kind_module(name: str) -> ModuleType:
@@ -74,6 +76,12 @@ def _read_one(name: str, folder: Path, root: Path) -> Adapter:
     adapter = Adapter(name, folder, kind_name, "peft", config, tensors, base)
     warnings += kind.check_tensors(adapter)
     return Adapter(name, folder, kind_name, "peft", config, tensors, base, tuple(warnings))
+
+
+def _expanded(adapter: Adapter) -> tuple[Adapter, ...]:
+    expand = getattr(kind_module(adapter.kind), "expand", None)
+    expanded: tuple[Adapter, ...] = (adapter,) if expand is None else expand(adapter)
+    return expanded
 
 
 def _kind_of(config: Mapping[str, Any], file: Path) -> tuple[ModuleType, str]:

@@ -1,4 +1,4 @@
-"""An adapter's arrays to the graph inputs of a bundle.
+"""An adapter's arrays to the tensors that a bundle keeps of it: the graphs' inputs, and what its texts begin with.
 
 At a slot the graph computes y' = (y + (x A) B) * gain + offset; what is not bound keeps its default, the identity.
 """
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
 from edgeadapt.bundle.manifest import BaseModule, Manifest
+from edgeadapt.bundle.prefix import check_prefix, is_prefix_tensor, prefix_of, prefix_tensors
 from edgeadapt.bundle.rules import TERMS
 from edgeadapt.errors import BundleError
 from edgeadapt.slots import ParameterSlot, Slot
@@ -25,6 +26,8 @@ _FIT_HINT = "check that the adapter was trained on this bundle's base"
 
 def bind(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
     """Return the graph inputs that an adapter sets, float32 by input name, sorted; all others keep their defaults.
+
+    The tensors of its prefix (see `bundle/prefix.py`) are among them.
 
     Raises:
         BundleError: if the bundle has no slot for something that the adapter changes, a shape does not fit, a value
@@ -45,6 +48,9 @@ def _placed(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
         _check_update(resolved.name, site, update, modules[site])
         result |= _bind_site(resolved.name, slots[site], update)
     result |= _bind_parameters(resolved, manifest, modules)
+    if resolved.prefix is not None:
+        check_prefix(resolved.name, resolved.prefix, manifest)
+        result |= prefix_tensors(resolved.prefix)
     if not result:
         raise BundleError(f"adapter {resolved.name!r} changes nothing", hint="check that it was trained and saved")
     return dict(sorted(result.items()))
@@ -75,6 +81,8 @@ def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> Resolv
     places = {input_: (slot.site, term) for slot in manifest.slots for term, input_ in slot.inputs.items()}
     parameters = {slot.input: slot.parameter for slot in manifest.parameters}
     for input_, value in inputs.items():
+        if is_prefix_tensor(input_):
+            continue
         if input_ in places:
             site, term = places[input_]
             sites.setdefault(site, {})[term] = value
@@ -84,7 +92,7 @@ def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> Resolv
             raise _not_settable(name, input_, manifest)
     record = manifest.adapters.get(name)
     updates = {site: SiteUpdate(**terms) for site, terms in sites.items()}
-    return ResolvedAdapter(name, "" if record is None else record.kind, updates, replaced)
+    return ResolvedAdapter(name, "" if record is None else record.kind, updates, replaced, prefix_of(name, inputs))
 
 
 def check_inputs(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> dict[str, Array]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.manifest import Manifest
+from edgeadapt.bundle.prefix import is_prefix_tensor
 from edgeadapt.bundle.rules import slot_inputs
 from edgeadapt.errors import BundleError
 from edgeadapt.slots import ParameterSlot, Slot
@@ -40,12 +41,13 @@ def blend(parts: Sequence[Part], manifest: Manifest, defaults: Mapping[str, Arra
 
     Raises:
         BundleError: if a weight is not finite, an input unknown, replaced parameters have different shapes or no
-            known default, or the blended gain is 0 where B would have to be divided by it.
+            known default, the blended gain is 0 where B would have to be divided by it, or an adapter has a prefix.
     """
     _check_parts(parts, manifest)
     used = [(weight, inputs) for weight, inputs in parts if weight != 0]
     if len(used) == 1 and used[0][0] == 1:
         return {name: np.asarray(value, np.float32) for name, value in sorted(used[0][1].items())}
+    _refuse_prefixes(used)
     result: dict[str, Array] = {}
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
         for slot in manifest.slots:
@@ -65,12 +67,21 @@ def _check_parts(parts: Sequence[Part], manifest: Manifest) -> None:
     for weight, inputs in parts:
         if not math.isfinite(weight):
             raise BundleError(f"blend weight {weight} is not a finite number", hint="give a number such as 0.7")
-        unknown = sorted(set(inputs) - set(known))
+        unknown = sorted(name for name in inputs if name not in known and not is_prefix_tensor(name))
         if unknown:
             raise BundleError(
                 f"{unknown[0]!r} is not an adapter input of bundle {manifest.name!r}",
                 hint="add the adapter to this bundle first",
             )
+
+
+def _refuse_prefixes(parts: Sequence[Part]) -> None:
+    if any(is_prefix_tensor(name) for _, inputs in parts for name in inputs):
+        raise BundleError(
+            "an adapter of the blend begins the text with virtual tokens: keys of two prefixes do not add, nor does a "
+            "share of one mean anything",
+            hint="use that adapter alone, with weight 1",
+        )
 
 
 def _blend_slot(parts: Sequence[Part], slot: Slot) -> dict[str, Array]:

@@ -21,6 +21,7 @@ from edgeadapt.bundle.manifest import AdapterRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import parse_onnx_adapter
 from edgeadapt.bundle.patch import Patch, parse_patch
+from edgeadapt.bundle.prefix import check_prefix_tokens
 from edgeadapt.bundle.recover import recover
 from edgeadapt.bundle.rules import parse_manifest, patch_path
 from edgeadapt.bundle.stored import StoredTensors, with_scales
@@ -138,6 +139,7 @@ class Bundle:
         try:
             tensors = with_scales(parse_onnx_adapter(data, str(location)).tensors)
             check_fit(name, tensors.values, self.manifest)
+            check_prefix_tokens(name, tensors.values, self.manifest)
             yield tensors
         finally:
             hashing.join()
@@ -159,7 +161,11 @@ class Bundle:
         Raises:
             BundleError: if there is no such adapter, or it has no patch.
         """
-        self.adapter_record(name)
+        if self.adapter_record(name).prefix_tokens:
+            raise BundleError(
+                f"adapter {name!r} begins texts with virtual tokens and changes no weight: there is nothing to promote",
+                hint="use the adapter as it is; it runs in the plain graph",
+            )
         if not self.has_patch(name):
             raise BundleError(
                 f"adapter {name!r} has no patch: only an export with --patches makes one, from the float base",

@@ -73,6 +73,7 @@ class AdapterRecord:
     base_checked: "stamp" (its own base fingerprint matched), "shapes" (only module names and shapes could be checked)
     labels: class names that go with its head, if any
     pruned: what was left out of it, or None
+    prefix_tokens: how many virtual tokens every text begins with
     """
 
     kind: str
@@ -83,6 +84,7 @@ class AdapterRecord:
     base_checked: str
     labels: tuple[str, ...] = ()
     pruned: Pruning | None = None
+    prefix_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgeadapt.bundle.base import base_fingerprint
-from edgeadapt.bundle.manifest import SCHEMA, Manifest
+from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, Manifest
 from edgeadapt.bundle.names import ADAPTER_FILES, PATCH_FILE, check_adapter_name, check_file_path
+from edgeadapt.bundle.prefix import is_prefix_tensor
 from edgeadapt.bundle.stored import DTYPES
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import from_mapping, to_mapping
@@ -224,11 +225,22 @@ def _check_inputs(manifest: Manifest, where: str) -> None:
         slots += [name for joined in found for name in joined.inputs.values() if name not in slots]
     names = [*slots, *(parameter.input for parameter in manifest.parameters)]
     _check_unique(where, "adapter input", names)
+    for name in names:
+        if is_prefix_tensor(name):
+            raise _broken(where, f"adapter input {name!r} is named like the tensors of a prefix")
     for role, graph in manifest.graphs.items():
         _check_unique(where, f"input of graph {role!r}", graph.inputs)
         for name in graph.inputs:
             if name in names:
                 raise _broken(where, f"adapter input {name!r} is a data input of graph {role!r}")
+
+
+def _check_figures(name: str, record: AdapterRecord, where: str) -> None:
+    for field in ("parameters", "tolerance", "minimum_effect"):
+        if (value := getattr(record, field)) <= 0:
+            raise _broken(where, f"{field} of adapter {name!r} is {value}, must be above 0")
+    if record.prefix_tokens < 0:
+        raise _broken(where, f"prefix_tokens of adapter {name!r} is {record.prefix_tokens}, must be 0 or more")
 
 
 def _check_adapters(manifest: Manifest, where: str) -> None:
@@ -237,9 +249,7 @@ def _check_adapters(manifest: Manifest, where: str) -> None:
         for path in adapter_paths(name):
             if path not in manifest.files:
                 raise _broken(where, f"adapter {name!r} has no file {path!r}")
-        for field in ("parameters", "tolerance", "minimum_effect"):
-            if (value := getattr(record, field)) <= 0:
-                raise _broken(where, f"{field} of adapter {name!r} is {value}, must be above 0")
+        _check_figures(name, record, where)
     for path in manifest.files:
         parts = path.split("/")
         if parts[0] == "adapters" and parts[1] not in manifest.adapters:

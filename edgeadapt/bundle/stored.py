@@ -2,7 +2,7 @@
 
 float16   each number rounded; a tensor that float16 cannot hold stays float32
 int8      NAME int8[...] and NAME.scale float32, which has one number along one axis and 1 elsewhere:
-value = NAME * NAME.scale. Tensors of one axis, small as they are, are stored as float16
+value = NAME * NAME.scale. Tensors of one axis, small as they are, and prefixes are stored as float16
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.bundle.prefix import is_prefix_tensor
 from edgeadapt.errors import BundleError
 
 Array = NDArray[Any]
@@ -48,7 +49,7 @@ def to_stored(tensors: Mapping[str, Array], dtype: str) -> dict[str, Array]:
         if dtype == "int8" and name.endswith(SCALE_SUFFIX):
             raise BundleError(f"tensor {name!r} is named like the scales of another", hint="use float16 adapters")
         wide = np.asarray(value, np.float32)
-        coded = _codes(wide) if dtype == "int8" else None
+        coded = _codes(wide) if dtype == "int8" and not is_prefix_tensor(name) else None
         if coded is None:
             result[name] = wide if dtype == "float32" else _narrow(wide)
         else:

@@ -14,6 +14,7 @@ from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import OnnxAdapter, parse_onnx_adapter
 from edgeadapt.bundle.patch_files import patched_files
+from edgeadapt.bundle.prefix import check_prefix_tokens
 from edgeadapt.bundle.rules import dump_manifest, patch_path, slot_inputs
 from edgeadapt.bundle.stored import to_float32
 from edgeadapt.errors import BundleError, EdgeAdaptError
@@ -95,7 +96,8 @@ def _check_adapter(bundle: Bundle, name: str, damaged: set[str]) -> list[Finding
     path = f"adapters/{name}/adapter.onnx_adapter"
     try:
         content = parse_onnx_adapter(read_bytes(bundle.path / path), path)
-        check_inputs(name, to_float32(content.tensors), bundle.manifest)
+        tensors = check_inputs(name, to_float32(content.tensors), bundle.manifest)
+        check_prefix_tokens(name, tensors, bundle.manifest)
     except BundleError as error:
         findings.append(Finding(path, error.message))
     except EdgeAdaptError:

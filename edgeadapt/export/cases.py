@@ -20,18 +20,19 @@ SEED = 0
 DECODER_TOKENS = 8
 
 
-def parity_cases(base: BaseModel, texts: Sequence[str]) -> list[Case]:
+def parity_cases(base: BaseModel, texts: Sequence[str], *, reserved: int = 0) -> list[Case]:
     """Return cases that cover batch 1, batch 3 with rows of different lengths, and several lengths.
 
     Args:
         base: the model.
         texts: used where the base has a tokenizer; otherwise token ids are drawn from a fixed seed.
+        reserved: positions of a decoder that are left to adapters' virtual tokens.
     """
     if base.task == "module":
         return [dict(base.example_inputs), *_resized_module_cases(base)]
     kind = task_of(base).__name__.rsplit(".", 1)[-1]
     if kind == "decoder":
-        limit = _length_limit(base)
+        limit = max(1, _length_limit(base) - reserved)
         return [
             _token_case(base, texts, [min(12, limit)]),
             _token_case(base, texts, [min(length, limit) for length in (9, 4, 7)]),
@@ -48,6 +49,7 @@ def sample_cases(
     arrays: Mapping[str, NDArray[np.generic]] | None,
     *,
     tokens_per_text: int = 64,
+    reserved: int = 0,
 ) -> list[Case]:
     """Return one case per sample, for the quality table and for calibration.
 
@@ -56,13 +58,14 @@ def sample_cases(
         texts: one case each, cut at `tokens_per_text` tokens.
         arrays: samples by input name, stacked on axis 0, instead of texts.
         tokens_per_text: bounds the memory that the reference's logits take.
+        reserved: positions of a decoder that are left to adapters' virtual tokens.
     """
     if arrays is not None:
         return _array_cases(base, arrays)
     if base.task == "module":
         return [dict(base.example_inputs)]
     kind = task_of(base).__name__.rsplit(".", 1)[-1]
-    limit = min(tokens_per_text, _length_limit(base))
+    limit = max(1, min(tokens_per_text, _length_limit(base) - reserved))
     if kind == "decoder":
         return [_token_case(base, [text], [limit], exact=False) for text in texts]
     if kind == "seq2seq":

@@ -12,6 +12,7 @@ from torch import nn
 from edgeadapt.adapters.adapter import Adapter, Array, Effective, TargetModule
 from edgeadapt.errors import AdapterError
 from edgeadapt.merging.base_model import BaseModel
+from edgeadapt.merging.past import past_of
 from edgeadapt.merging.probe import NotAProductError, probe
 from edgeadapt.merging.reference import REFERENCE, adapted_module, bias_digests, check_untouched
 
@@ -54,9 +55,10 @@ class PeftLibrary:
         """Return the key and value that the adapter puts before each layer's own, float32[heads, tokens, dim].
 
         Raises:
-            AdapterError: always, so far.
+            AdapterError: if the base is no decoder-only language model, or the adapter is for one of another shape.
+            MergeError: if peft cannot load it, or the base with these keys and values is not what peft computes.
         """
-        raise AdapterError(f"adapter {adapter.name!r} puts nothing into the cache", hint="use another kind")
+        return past_of(self._base, adapter)
 
 
 def _check_keys(adapter: Adapter) -> None:

@@ -35,6 +35,11 @@ def merge(base: BaseModel, resolved: ResolvedAdapter) -> BaseModel:
         MergeError: if there is nothing to merge, nothing changes, an update does not fit its module, or a module's
             computation cannot take the update into its weights.
     """
+    if resolved.prefix is not None:
+        raise MergeError(
+            f"adapter {resolved.name!r} begins texts with virtual tokens and changes no weight: it cannot be merged",
+            hint="export it without --merge: it costs no more than its tokens",
+        )
     if not resolved.replaced and not any(_terms(update) for update in resolved.sites.values()):
         raise MergeError(
             f"adapter {resolved.name!r} has nothing to merge: it changes no module and no parameter",

@@ -16,6 +16,7 @@ from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.merging.fingerprint import module_digest
 from edgeadapt.merging.graft import follow_rows, set_parameter, share
 from edgeadapt.merging.quiet import quiet
+from edgeadapt.merging.virtual_tokens import load_virtual_tokens
 
 # peft drops keys of an adapter whose name is also a segment of a module path ("1"), so ours can be none.
 REFERENCE = "edgeadapt_reference"
@@ -82,8 +83,10 @@ def adapted_module(base: BaseModel, adapter: Adapter) -> nn.Module:
         config = _from_library(adapter, "read", lambda: PeftConfig.from_pretrained(str(adapter.path)))
         module = _own_weights(base) if _rewrites_base(config) else share(base.module)
         _own_saved_parameters(module, adapter)
-        model: Any = _from_library(adapter, "load", lambda: _load(module, config, adapter))
-    _prove_loaded(model, adapter)
+        load = load_virtual_tokens if config.is_prompt_learning else _load
+        model: Any = _from_library(adapter, "load", lambda: load(module, config, adapter, REFERENCE))
+    if not config.is_prompt_learning:
+        _prove_loaded(model, adapter)
     model.eval().requires_grad_(requires_grad=False)
     inner: nn.Module = model if config.is_prompt_learning else model.base_model
     return inner
@@ -141,18 +144,18 @@ def _array(value: torch.Tensor) -> Array:
     return (value.to(torch.float32) if value.is_floating_point() else value).numpy()
 
 
-def _load(module: nn.Module, config: Any, adapter: Adapter) -> Any:
+def _load(module: nn.Module, config: Any, adapter: Adapter, name: str) -> Any:
     """Return a PeftModel on `module`, loaded by peft's own reading where the keys are as peft writes them."""
     from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
     if hasattr(config, "progressbar"):
         config.progressbar = False  # FRoD's own
     if all(ref.key == _spelled(key) for key, ref in adapter.tensors.items()):
-        return PeftModel.from_pretrained(module, str(adapter.path), adapter_name=REFERENCE, config=config)
+        return PeftModel.from_pretrained(module, str(adapter.path), adapter_name=name, config=config)
     config.inference_mode = True
-    model = get_peft_model(module, config, adapter_name=REFERENCE)
+    model = get_peft_model(module, config, adapter_name=name)
     tensors = {_spelled(key): torch.from_numpy(np.array(ref.read())) for key, ref in adapter.tensors.items()}
-    set_peft_model_state_dict(model, tensors, adapter_name=REFERENCE)
+    set_peft_model_state_dict(model, tensors, adapter_name=name)
     return model
 
 

@@ -62,6 +62,11 @@ class Job:
         return tuple(sorted({name for adapter in self.swappable for name in adapter.replaced}))
 
     @property
+    def prefix_tokens(self) -> int:
+        """Positions that inputs must leave to adapters' virtual tokens."""
+        return max([0, *(adapter.prefix.tokens for adapter in self.resolved if adapter.prefix is not None)])
+
+    @property
     def flexible(self) -> tuple[str, ...]:
         """Replaced parameters whose class count may differ between adapters: heads that the base does not have."""
         parameters = dict(self.base.module.named_parameters(remove_duplicate=False))
@@ -92,4 +97,6 @@ def cases_of(job: Job, samples: Calibration, tokens_per_text: int) -> list[dict[
     """Return the inputs that samples give for the job's base, at most so many tokens each."""
     from edgeadapt.export.cases import sample_cases
 
-    return sample_cases(job.base, samples.texts, samples.arrays, tokens_per_text=tokens_per_text)
+    return sample_cases(
+        job.base, samples.texts, samples.arrays, tokens_per_text=tokens_per_text, reserved=job.prefix_tokens
+    )

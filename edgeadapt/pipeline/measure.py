@@ -46,7 +46,7 @@ def parity_originals(job: Job) -> Originals:
     """Return what the unquantized graph must give, computed now: torch's weights are not needed beside the graph's."""
     from edgeadapt.export.cases import parity_cases
 
-    cases = parity_cases(job.base, job.samples.texts)
+    cases = parity_cases(job.base, job.samples.texts, reserved=job.prefix_tokens)
     return Originals(arrays_of(cases), {name: list(outputs) for name, outputs in _originals(job, cases).items()})
 
 
@@ -63,15 +63,18 @@ def parity_of(job: Job, session: Session, originals: Originals) -> dict[str, Any
 
 
 def prune_adapters(job: Job, session: Session, prune_kl: float, progress: Progress) -> Job:
-    """Return the job with adapters that lack the ranks and sites that hardly matter, and what that cost."""
-    from edgeadapt.export.cases import sample_cases
+    """Return the job with adapters that lack the ranks and sites that hardly matter, and what that cost.
+
+    A prefix has neither, and stays as it is.
+    """
     from edgeadapt.export.sensitivity import collect_sensitivity
     from edgeadapt.quality.pruning import prune
 
-    seen, judged = (sample_cases(job.base, part.texts, part.arrays) for part in (split(job.samples)[0], job.measured))
+    seen, judged = (cases_of(job, part, TOKENS_PER_TEXT) for part in (split(job.samples)[0], job.measured))
     found = {
         adapter.name: prune(session, adapter, collect_sensitivity(job.base, adapter, seen), arrays_of(judged), prune_kl)
         for adapter in job.resolved
+        if adapter.prefix is None
     }
     for name, (_, cut) in found.items():
         progress.note(
@@ -80,7 +83,7 @@ def prune_adapters(job: Job, session: Session, prune_kl: float, progress: Progre
         )
     return dataclasses.replace(
         job,
-        resolved=[found[adapter.name][0] for adapter in job.resolved],
+        resolved=[found[adapter.name][0] if adapter.name in found else adapter for adapter in job.resolved],
         prunings={name: cut for name, (_, cut) in found.items()},
     )
 

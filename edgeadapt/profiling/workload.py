@@ -50,9 +50,10 @@ def writer(session: Session, workload: Workload) -> Writer:
     rng = np.random.default_rng(_SEED)
     read = len(spec.decoder_start_token_ids) if session.has_encoder else workload.prompt_tokens
     total = read + workload.new_tokens
-    if total > spec.max_length:
+    room = spec.max_length if session.has_encoder else session.room_beside(session.active.key)
+    if total > room:
         raise ProfileError(
-            f"{read} tokens and {workload.new_tokens} new ones do not fit: this model holds {spec.max_length} tokens",
+            f"{read} tokens and {workload.new_tokens} new ones do not fit: this model holds {room} tokens",
             hint="choose a shorter prompt or fewer new tokens",
         )
     if session.has_encoder:

@@ -28,9 +28,9 @@ def measure_parity(
 
     A decoder runs whole sequences ("prefill"), chunks ("chunks of 3") and single tokens ("token by token"); a
     sequence-to-sequence model whole and token by token; other models are just run. Cases with several rows count under
-    "..., batch". How a graph is run has nothing to do with an adapter's values, so all modes are for the base and for
-    the first adapter; the others are run whole, and once in chunks. At the end adapters are swapped back: the same
-    adapter must give the same bits.
+    "..., batch". How a graph is run has nothing to do with an adapter's values, so all modes are for the base, for the
+    first adapter, and for the first one with virtual tokens; the others are run whole, and once in chunks. At the end
+    adapters are swapped back: the same adapter must give the same bits.
 
     Args:
         session: a `runtime.session.Session` over the unquantized graph.
@@ -46,12 +46,14 @@ def measure_parity(
         raise ExportError("there is nothing to compare with", hint="give at least one case and the base's references")
     worst: dict[tuple[str | None, str], float] = {}
     first: dict[str | None, Mapping[str, Array]] = {}
-    adapters = [adapter for adapter in references if adapter is not None]
+    in_all_modes: dict[bool, str] = {}  # with virtual tokens or without -> the first such adapter
     for adapter, expected in references.items():
         session.use(adapter)
+        if adapter is not None:
+            in_all_modes.setdefault(bool(getattr(session, "prefix_tokens", 0)), adapter)
         for case, reference in zip(cases, expected, strict=True):
             modes = list(_modes(session, case))
-            for mode, run in modes if adapter in (None, *adapters[:1]) else _few(modes, case):
+            for mode, run in modes if adapter in (None, *in_all_modes.values()) else _few(modes, case):
                 outputs = run()
                 first.setdefault(adapter, outputs)  # of the first case, run as it is
                 output, error = compare(reference, outputs, output_mask(case)).worst

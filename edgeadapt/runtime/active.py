@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
+from edgeadapt.adapters.adapter import Prefix
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.errors import FileError, SessionError
 from edgeadapt.runtime.cache import AdapterKey
@@ -49,6 +50,7 @@ class Active:
         self._open = partial(open_graph, threads=threads, provider=provider)
         self.promoter = Promoter(bundle, self._open, max_bytes=promoted_max_bytes, after_tokens=promote_after)
         self._promoted: Graphs | None = None
+        self._beside = False  # whether an adapter's tensors are bound
 
     def close(self) -> None:
         """Free the graphs and the adapters."""
@@ -104,8 +106,8 @@ class Active:
         """Bind an adapter beside the base, or the bare base."""
         tensors = self.adapter_tensors(key)
         if not (key and self.key and self._rebase(tensors)):
-            self.bindings = self._bind(tensors, slots=bool(key), keep_graphs=self.keep_graphs)
-        self._promoted = None
+            self.bindings = self._bind(tensors, slots=bool(tensors), keep_graphs=self.keep_graphs)
+        self._promoted, self._beside = None, bool(tensors)
 
     def demote(self, adapter: str) -> None:
         """Cancel an adapter's promotion, or close its weights; it goes on beside the base.
@@ -119,10 +121,13 @@ class Active:
 
     @property
     def form(self) -> Literal["plain", "slots", "promoted"]:
-        """What runs: the bare (or merged) base, an adapter beside it, or weights that have an adapter in them."""
+        """What runs: the bare (or merged) base, an adapter beside it, or weights that have an adapter in them.
+
+        An adapter that is but a prefix runs in the bare base.
+        """
         if self._promoted is not None:
             return "promoted"
-        return "slots" if self.key else "plain"
+        return "slots" if self._beside else "plain"
 
     def _follow_promotion(self) -> None:
         """Switch to promoted weights of what is active, if there are new ones."""
@@ -153,8 +158,9 @@ class Active:
         if key == self.key:
             return self.binding("decoder")
         record = self.bundle.manifest.graphs["decoder"]
-        slots = bool(key) or (record.plain not in self.graphs and record.slots in self.graphs)
-        return self._bind(self.adapter_tensors(key), slots=slots)["decoder"]
+        tensors = self.adapter_tensors(key)
+        slots = bool(tensors) or (record.plain not in self.graphs and record.slots in self.graphs)
+        return self._bind(tensors, slots=slots)["decoder"]
 
     def slots_binding(self) -> Binding:
         """Return the decoder's slots graph with no adapter bound."""
@@ -163,6 +169,10 @@ class Active:
     def adapter_tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
         """Return what `key` binds, float32 by graph input name."""
         return self.residents.tensors(key) if key else {}
+
+    def prefix(self, key: AdapterKey) -> Prefix | None:
+        """Return what texts begin with while `key` is active, None if nothing."""
+        return self.residents.prefix(key) if key else None
 
     def content_of(self, key: AdapterKey) -> ContentKey:
         """Return what `key` binds, as digests with weights: the same for the same tensors under any name.
@@ -179,7 +189,12 @@ class Active:
     def _rebase(self, tensors: Mapping[str, Tensor]) -> bool:
         """Swap one adapter for another in the bindings; False, and nothing done, where that needs new ones."""
         roles = list(self.bindings.values())
-        if len(roles) != 1 or not tensors.keys() <= roles[0].graph.optional.keys() or not roles[0].can_rebase(tensors):
+        if (
+            not tensors
+            or len(roles) != 1
+            or not tensors.keys() <= roles[0].graph.optional.keys()
+            or not roles[0].can_rebase(tensors)
+        ):
             return False
         roles[0].rebase(tensors)
         return True

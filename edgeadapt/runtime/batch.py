@@ -2,7 +2,8 @@
 
 Rows of the cache 0 to n-1 are those of the n texts that are being written, so that a step runs on the front of the
 buffers. When one ends, the last takes its row. Prompts are read on the rows behind them: short ones together, whole;
-long ones alone and in chunks, since GroupQueryAttention takes several tokens on top of a past for one row only.
+long ones alone and in chunks, since GroupQueryAttention takes several tokens on top of a past for one row only. For the
+same reason those whose adapter begins with virtual tokens are read alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeadapt.errors import SessionError
 from edgeadapt.runtime.cache import AdapterKey, SharedCache
 from edgeadapt.runtime.lookup import Lookup
 from edgeadapt.runtime.prefixes import ContentKey
@@ -116,14 +116,8 @@ class Batch:
     """Texts that are written together, each with its own adapter, options and seed; make it with `Session.batch`."""
 
     def __init__(self, session: Session, rows: int, max_length: int) -> None:
-        cache = session.new_cache(rows, max_length)
-        if not isinstance(cache, SharedCache):
-            raise SessionError(
-                "this decoder's cache grows by concatenation, so rows cannot join and leave",
-                hint="export the model again",
-            )
         self._session = session
-        self._cache = cache
+        self._cache = session.shared_cache(rows, max_length)
         self._bindings = RowBindings(session, rows)
         self._prefixes = session.prefixes
         self._waiting: deque[Request] = deque()
@@ -155,7 +149,9 @@ class Batch:
         """Take a request in; see `submit`, which makes a prompt and options what is wanted here."""
         spec = self._session.require_decoder()
         check_vocabulary(ids, spec)
-        limit = answer_limit(self._cache.max_length, len(ids), options.max_new_tokens, what="batch")
+        prefix = self._session.active.prefix(key)
+        room = min(self._cache.max_length, max(0, self._cache.capacity - (0 if prefix is None else prefix.tokens)))
+        limit = answer_limit(room, len(ids), options.max_new_tokens, what="batch")
         writer = Writer(self._session.text, options, spec.eos_token_ids, limit)
         request = Request(self, key, ids, options, writer)
         self._waiting.append(request)
@@ -227,7 +223,7 @@ class Batch:
     def _short(self, room: int) -> list[Request]:
         """Return the next requests in line for which there are rows, with prompts of one chunk and of similar lengths.
 
-        None if one is being read, or its past may be known: several tokens on top of a past are for one row only.
+        None if one is being read, or has a past or may have one: several tokens on top of a past are for one row only.
         """
         found: list[Request] = []
         if self._reading is not None or self._prefixes is not None:
@@ -238,7 +234,8 @@ class Batch:
             padding = rows * max(width, length) - (rows - 1) * width - length
             width = max(width, length)
             fits = rows <= free and rows * width <= room and (rows == 1 or padding <= _WORTH_A_RUN)
-            if not fits or length > request.options.prefill_chunk:
+            alone = length > request.options.prefill_chunk or self._session.active.prefix(request.key) is not None
+            if not fits or alone:
                 break
             found.append(request)
         return found
@@ -250,7 +247,7 @@ class Batch:
         lengths = np.asarray([len(request.ids) for request in requests])
         ids = np.zeros((len(requests), lengths.max()), np.int64)
         for row, request in enumerate(requests):
-            rows.shorten(row, 0)
+            rows.begin(row, None)
             ids[row, : lengths[row]] = request.ids
         logits = run_step(binding, self._session.require_decoder(), ids, rows, lengths=lengths, logits="last")
         for row, request in enumerate(requests):
@@ -267,8 +264,8 @@ class Batch:
         """Return the request that is being read and its row: the one that was, or else the next in line."""
         if self._reading is None and self._waiting and len(self._writing) < self._cache.batch_size:
             row = self._cache.part(len(self._writing), 1)
-            row.shorten(0, 0)
             request = self._waiting.popleft()
+            row.begin(0, self._session.active.prefix(request.key))
             if self._prefixes is not None:
                 request.content = self._session.active.content_of(request.key)
                 request.promoted = self._session.active.is_promoted(request.key)
@@ -280,7 +277,7 @@ class Batch:
         """Have a request whose prompt is read be written, on the row behind the others."""
         target = self._cache.part(len(self._writing), 1)
         if row is not target:  # another text ended in the meantime
-            target.write_row(0, row.read_row(0, len(request.ids)), len(request.ids))
+            target.take_row(0, row, 0)
         self._writing.append(request)
         self._reading = None
         self._remember(len(self._writing) - 1)  # texts that join later may begin like it

@@ -63,18 +63,15 @@ def _submit(
     session: Session, prompts: Sequence[Prompt], adapters: Sequence[Adapter] | None, options: Mapping[str, Any]
 ) -> list[Request]:
     """Return one request per prompt, all in one batch that is just large enough."""
-    spec, chosen = session.require_decoder(), sampling(options)
+    chosen = sampling(options)
     ids = [prompt_ids(session.text, prompt, chosen.chat) for prompt in prompts]
-    room = max(len(row) + answer_limit(spec.max_length, len(row), chosen.max_new_tokens) for row in ids)
+    keys = [session.active.key_of(adapter) for adapter in ([...] * len(ids) if adapters is None else adapters)]
+    room = max(
+        len(row) + answer_limit(session.room_beside(key), len(row), chosen.max_new_tokens)
+        for row, key in zip(ids, keys, strict=True)
+    )
     together = Batch(session, len(ids), room)
-    return [
-        together.take(
-            row,
-            session.active.key_of(... if adapters is None else adapters[index]),
-            replace(chosen, seed=chosen.seed + index),
-        )
-        for index, row in enumerate(ids)
-    ]
+    return [together.take(row, keys[index], replace(chosen, seed=chosen.seed + index)) for index, row in enumerate(ids)]
 
 
 class _EncoderLoop:

@@ -105,9 +105,9 @@ class Tensor:
             raise IndexError((first, count))
         return Rows(self, first, count)
 
-    def write(self, row: int, values: Array) -> None:
-        """Write `values` over the beginning of row `row`: of each axis as much as they have."""
-        place: tuple[Any, ...] = (row, *(slice(size) for size in values.shape))
+    def write(self, row: int, values: Array, start: int = 0) -> None:
+        """Write `values` [heads, length, dim] over row `row` [heads, longer, dim], from position `start` on."""
+        place = (row, slice(None), slice(start, start + values.shape[1]))
         if self._array is not None:
             self._array[place] = values
             return
@@ -152,9 +152,9 @@ class Rows:
             raise IndexError((first, count))
         return self._parent.rows(self._first + first, count)
 
-    def write(self, row: int, values: Array) -> None:
-        """Write `values` over the beginning of row `row` of these; see `Tensor.write`."""
-        self._parent.write(self._first + row, values)
+    def write(self, row: int, values: Array, start: int = 0) -> None:
+        """Write `values` over row `row` of these, from position `start` on; see `Tensor.write`."""
+        self._parent.write(self._first + row, values, start)
 
     def numpy(self) -> Array:
         """Return the values: on the CPU the memory itself, else a copy."""

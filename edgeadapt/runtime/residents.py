@@ -9,10 +9,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from edgeadapt.adapters.adapter import Prefix
 from edgeadapt.bundle.assemble import assemble
 from edgeadapt.bundle.bind import check_inputs
 from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle
+from edgeadapt.bundle.prefix import is_prefix_tensor, prefix_of
 from edgeadapt.errors import FileError, SessionError
 from edgeadapt.runtime.cache import AdapterKey
 from edgeadapt.runtime.checks import is_finite
@@ -32,6 +34,7 @@ class Residents:
         self._bundle = bundle
         self._mapped = mapped
         self._ready: dict[str, dict[str, Tensor]] = {}
+        self._prefixes: dict[str, Prefix] = {}
         self._lent: dict[str, dict[str, Array]] = {}
 
     def tensors(self, key: AdapterKey) -> Mapping[str, Tensor]:
@@ -43,11 +46,38 @@ class Residents:
         if len(key) == 1 and key[0][1] == 1.0:
             name = key[0][0]
             if name not in self._ready:
-                self._ready[name] = {slot: Tensor(value) for slot, value in self._assembled(name).items()}
+                arrays = self._assembled(name)
+                self._ready[name] = _bound(arrays)
+                if (prefix := prefix_of(name, arrays)) is not None:
+                    self._prefixes[name] = prefix
             return self._ready[name]
         parts = [(weight, self._arrays(name)) for name, weight in key]
         blended = assemble(blend(parts, self._bundle.manifest), self._bundle.manifest)
-        return {slot: Tensor(value) for slot, value in blended.items()}
+        return _bound(blended)
+
+    def prefix(self, key: AdapterKey) -> Prefix | None:
+        """Return what texts of one adapter or a blend begin with; only an adapter alone begins with anything.
+
+        Raises:
+            BundleError: if a file is damaged.
+        """
+        alone = [(name, weight) for name, weight in key if weight != 0]
+        if len(alone) != 1 or alone[0][1] != 1.0 or not self._prefix_tokens(alone[0][0]):
+            return None  # no file is read for that
+        self.tensors(tuple(alone))
+        return self._prefixes[alone[0][0]]
+
+    @property
+    def longest_prefix(self) -> int:
+        """How many virtual tokens a row may have to begin with, whichever adapter is used for it."""
+        return max((self._prefix_tokens(name) for name in {*self._lent, *self._bundle.manifest.adapters}), default=0)
+
+    def _prefix_tokens(self, name: str) -> int:
+        if name in self._lent:
+            prefix = prefix_of(name, self._lent[name])
+            return 0 if prefix is None else prefix.tokens
+        record = self._bundle.manifest.adapters.get(name)
+        return 0 if record is None else record.prefix_tokens
 
     def digest(self, name: str) -> str:
         """Return the SHA-256 of an adapter's file, or of what was lent: equal digests, equal tensors."""
@@ -72,12 +102,14 @@ class Residents:
         """
         self._lent[name] = check_inputs(name, tensors, self._bundle.manifest)
         self._ready.pop(name, None)
+        self._prefixes.pop(name, None)
 
     def evict(self, name: str) -> bool:
         """Forget an adapter's tensors; return whether there were any."""
         known = {name} & (self._lent.keys() | self._ready.keys())
         self._lent.pop(name, None)
         self._ready.pop(name, None)
+        self._prefixes.pop(name, None)
         return bool(known)
 
     def _arrays(self, name: str) -> Mapping[str, Array]:
@@ -97,6 +129,11 @@ class Residents:
         if name in self._lent:
             return assemble(self._lent[name], self._bundle.manifest)
         return self._bundle.graph_tensors(name)
+
+
+def _bound(arrays: Mapping[str, Array]) -> dict[str, Tensor]:
+    """Return what goes into graphs; prefixes go into caches."""
+    return {name: Tensor(value) for name, value in arrays.items() if not is_prefix_tensor(name)}
 
 
 def adapter_key(adapter: str | Mapping[str, float] | None, known: tuple[str, ...]) -> AdapterKey:

@@ -40,9 +40,10 @@ def run_decoder(
     width = int(lengths.max())
     if chunk_size is not None and not is_whole(chunk_size, 1):
         raise SessionError(f"chunk_size is {chunk_size!r}", hint="give a whole number of 1 or more, or leave it out")
-    if width > spec.max_length:
+    if width > (room := session.room_beside(session.active.key)):
+        beside = "" if room == spec.max_length else " beside its adapter's virtual tokens"
         raise SessionError(
-            f"input_ids has a row of {width} tokens; this model takes at most {spec.max_length}",
+            f"input_ids has a row of {width} tokens; this model takes at most {room}{beside}",
             hint="shorten the input",
         )
     shifted = np.zeros((len(ids), width), np.int64)

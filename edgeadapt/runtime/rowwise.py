@@ -138,6 +138,7 @@ class RowBindings:
     def __init__(self, session: Session, rows: int) -> None:
         self._session = session
         self._one: dict[AdapterKey, Binding] = {}
+        self._bound_keys: dict[AdapterKey, AdapterKey] = {}
         self._stack = RowAdapters(rows, session.bundle.manifest)
         self._mixed: Binding | None = None
         self._bound: Mapping[str, Tensor | Rows] | None = None
@@ -159,9 +160,20 @@ class RowBindings:
         """
         if all(key == keys[0] for key in keys):
             return self.one(keys[0])
+        keys = [self._bound_key(key) for key in keys]
+        if all(key == keys[0] for key in keys):
+            return self.one(keys[0])
         if (first, keys) != self._last[:2]:
             self._last = (first, list(keys), self._bind(keys, first))
         return self._last[2]
+
+    def _bound_key(self, key: AdapterKey) -> AdapterKey:
+        """Return the key of the base for adapters that set no input: their prefix lies in the cache's rows."""
+        if key not in self._bound_keys:
+            active = self._session.active
+            alone = active.prefix(key) is not None and not active.adapter_tensors(key)
+            self._bound_keys[key] = () if alone else key
+        return self._bound_keys[key]
 
     def _bind(self, keys: Sequence[AdapterKey], first: int) -> Binding | None:
         joining = {row: key for row, key in enumerate(keys, first) if self._stack.keys[row] != key}

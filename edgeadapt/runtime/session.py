@@ -229,9 +229,39 @@ class Session:
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Return an empty key-value cache for `batch_size` sequences of up to `max_length` tokens.
 
+        Virtual tokens of an adapter have room of their own, as long as the model has positions for all.
+
         Raises:
             SessionError: if this is no decoder-only model, or a size is out of range.
         """
+        spec = self._spec_for_cache(batch_size, max_length)
+        if not spec.shared_cache:
+            return GrowingCache(spec, batch_size, max_length)
+        if max_length > (room := self.room_beside(self.active.key)):
+            raise SessionError(
+                f"max_length is {max_length}, and with the virtual tokens of adapter {_say(self.active.key)} this "
+                f"model holds {room}",
+                hint=f"give a whole number from 1 to {room}",
+            )
+        return self.shared_cache(batch_size, max_length)
+
+    def shared_cache(self, batch_size: int, max_length: int) -> SharedCache:
+        """Return an empty cache whose rows may have adapters of their own (used by `Batch`).
+
+        Raises:
+            SessionError: if this is no decoder-only model with such a cache, or a size is out of range.
+        """
+        spec = self._spec_for_cache(batch_size, max_length)
+        if not spec.shared_cache:
+            raise SessionError(
+                "this decoder's cache grows by concatenation, so rows cannot join and leave",
+                hint="export the model again",
+            )
+        device = "cuda" if self.provider == "cuda" else "cpu"
+        room = self.active.residents.longest_prefix
+        return SharedCache(spec, batch_size, max_length, device, prefix_room=room)
+
+    def _spec_for_cache(self, batch_size: int, max_length: int) -> DecoderSpec:
         spec = self.require_decoder()
         if self.has_encoder:
             raise SessionError(
@@ -239,9 +269,18 @@ class Session:
                 hint="use session.encode(inputs)",
             )
         _check_sizes(spec, batch_size, max_length)
-        if spec.shared_cache:
-            return SharedCache(spec, batch_size, max_length, "cuda" if self.provider == "cuda" else "cpu")
-        return GrowingCache(spec, batch_size, max_length)
+        return spec
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many virtual tokens the active adapter's texts begin with."""
+        prefix = self.active.prefix(self.active.key)
+        return 0 if prefix is None else prefix.tokens
+
+    def room_beside(self, key: AdapterKey) -> int:
+        """Return how many tokens of the user the model holds while `key` is active: all but its virtual tokens."""
+        prefix = self.active.prefix(key)
+        return self.require_decoder().max_length - (0 if prefix is None else prefix.tokens)
 
     def encode(self, inputs: Mapping[str, Any], *, max_length: int | None = None) -> Cache:
         """Run a sequence-to-sequence model's encoder and return a cache for its decoder.
@@ -296,6 +335,10 @@ class Session:
                 "keys and values of one adapter mean nothing to another",
                 hint="make a new cache with session.new_cache after session.use, and feed the tokens again",
             )
+        if cache.adapter is None and isinstance(cache, SharedCache):
+            prefix = self.active.prefix(self.active.key)
+            for row in range(cache.batch_size):
+                cache.begin(row, prefix)
         result = run_step(self._binding("decoder"), spec, input_ids, cache, lengths=lengths, logits=logits)
         cache.adapter = self.active.key
         self.active.promoter.count(self.active.key, int(np.size(input_ids) if lengths is None else np.sum(lengths)))

@@ -98,8 +98,8 @@ def _step_one_token(
     one = cache.one_token
     if ids.shape != (1, 1) or one is None or ids.dtype.kind not in "iu" or logits not in ("last", "all"):
         return None
-    token, total = int(ids[0, 0]), cache.length + 1
-    if not 0 <= token < spec.vocab_size or total > cache.max_length:
+    token, total = int(ids[0, 0]), cache.position + 1
+    if not 0 <= token < spec.vocab_size or total > cache.end:
         return None
     one.ids.numpy()[0, 0] = token
     binding.set_input("input_ids", one.ids)
@@ -108,7 +108,7 @@ def _step_one_token(
     binding.share(cache.buffers, "past_key_values.", "present.")
     binding.set_output("logits", one.logits)
     binding.run()
-    cache.length = total
+    cache.position = total
     return one.logits.numpy().copy()
 
 
@@ -116,8 +116,8 @@ def _step_shared(binding: Binding, ids: Array, cache: SharedCache, counts: Array
     width = int(counts.max())
     if width == 0:
         return np.zeros((len(ids), 0, cache.vocab_size), np.float32)
-    past = cache.lengths
-    fits = int(past.max()) + width <= cache.max_length
+    past = cache.held
+    fits = int(past.max()) + width <= cache.capacity
     if len(ids) > 1 and not (fits and (width == 1 or not past.any())):
         return _row_by_row(binding, ids, cache, counts, logits)
     ragged = bool((counts != width).any())
@@ -142,7 +142,7 @@ def _step_shared(binding: Binding, ids: Array, cache: SharedCache, counts: Array
 def _row_by_row(binding: Binding, ids: Array, cache: SharedCache, counts: Array, logits: Wanted) -> Array:
     kept = {"all": ids.shape[1], "last": 1, "none": 0}[logits]
     result = np.zeros((len(ids), kept, cache.vocab_size), np.float32)
-    past = cache.lengths
+    past = cache.held
     for row in np.flatnonzero(counts):
         count = int(counts[row])
         first_kept = 0 if logits == "all" else count - 1
