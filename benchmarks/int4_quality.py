@@ -40,7 +40,7 @@ from edgeadapt.quantize.quantize import quantize  # noqa: E402
 from edgeadapt.recipe import Recipe  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "int4_quality.json"
-TRAINING_SAMPLES, HELD_OUT_SAMPLES = 40, 12
+TRAINING_SAMPLES, HELD_OUT_SAMPLES, GENERAL_EVERY = 40, 12, 6
 KEYS = ("model", "setting", "texts", "adapter")
 CLASSIFIER_SAMPLES, CLASSIFIER_HELD_OUT = 300, 150
 
@@ -166,7 +166,7 @@ def _fitted(job: Any, setting: Setting, calibration: Mapping[str, Path], ends: M
 
 def _smollm2(folder: Path) -> tuple[Recipe, dict[str, Path], list[Path]]:
     """Return the recipe, calibration files by what is in them, and files of held-out samples."""
-    general = calibration_texts.general()
+    general = calibration_texts.general()[::GENERAL_EVERY]
     train = calibration_texts.task_samples("train", TRAINING_SAMPLES)
     held = calibration_texts.task_samples("held_out", HELD_OUT_SAMPLES)
     recipe = Recipe(

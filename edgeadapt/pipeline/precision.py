@@ -13,7 +13,7 @@ from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Job, cases_of
 from edgeadapt.pipeline.measure import quality_rows
 from edgeadapt.pipeline.write import open_written, write_base
 from edgeadapt.progress import Progress
-from edgeadapt.quality.calibration import samples_of, split
+from edgeadapt.quality.calibration import fitted_samples, split
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +44,12 @@ def _calibration_runs(
 
     samples = split(job.samples)[0] if job.calibrates else job.samples
     if job.recipe.merge:
-        return cases_of(job, samples_of(samples, job.adapters[0].name), tokens_per_text), []
+        return cases_of(job, fitted_samples(samples, job.adapters[0].name), tokens_per_text), []
     adapted = [
-        (adapted_module(job.base, adapter), cases_of(job, samples_of(samples, adapter.name), tokens_per_text))
+        (adapted_module(job.base, adapter), cases_of(job, fitted_samples(samples, adapter.name), tokens_per_text))
         for adapter in job.adapters
     ]
-    return cases_of(job, samples_of(samples, None), tokens_per_text), adapted
+    return cases_of(job, fitted_samples(samples, None), tokens_per_text), adapted
 
 
 def choose_mix(

@@ -90,6 +90,15 @@ def samples_of(samples: Calibration, adapter: str | None) -> Calibration:
     return _select(samples, np.array(rows, np.intp)) if rows or adapter is not None else samples
 
 
+def fitted_samples(samples: Calibration, adapter: str | None) -> Calibration:
+    """Return what weights are fitted to for one adapter: its own samples if it has any, else those that are for all.
+
+    The base serves the samples that are for all; were they for the adapters too, the few own ones would not count.
+    """
+    own = [row for row, name in enumerate(samples.adapters) if name is not None and name == adapter]
+    return _select(samples, np.array(own, np.intp)) if own else samples_of(samples, adapter)
+
+
 def check_adapters(samples: Calibration, names: Sequence[str]) -> None:
     """Return if every sample is for one of the adapters `names`, or for all, and each adapter has a sample.
 

@@ -11,6 +11,7 @@ from edgeadapt.quality.calibration import (
     built_in,
     check_adapters,
     read_calibration,
+    fitted_samples,
     samples_of,
     split,
 )
@@ -180,6 +181,15 @@ def test_samples_may_say_whose_they_are(tmp_path):
     own = Calibration(("x", "y"), adapters=("a", "b"))
     assert samples_of(own, None) == own
     assert samples_of(own, "a") == Calibration(("x",), adapters=("a",))
+
+
+def test_weights_are_fitted_to_an_adapter_on_its_own_samples_and_else_on_those_for_all():
+    samples = Calibration(("1", "a1", "2", "a2"), adapters=(None, "a", None, "a"))
+    assert fitted_samples(samples, "a") == Calibration(("a1", "a2"), adapters=("a", "a"))
+    assert (
+        fitted_samples(samples, "b") == fitted_samples(samples, None) == Calibration(("1", "2"), adapters=(None,) * 2)
+    )
+    assert fitted_samples(Calibration(("1",)), "a") == Calibration(("1",))
     check_adapters(samples, ["a", "b", "c"])
 
 
