@@ -23,7 +23,8 @@ WHOLE = False
 EVERY = 1
 
 EVERY_TEXT = 6
-"""One of so many general texts, some 7000 tokens: six times as many make an export take minutes longer and int4 hardly better (decision 0007)."""
+"""One of so many general texts, some 7000 tokens: with all of them an export takes minutes longer, and int4 is
+hardly better (decision 0007)."""
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "int8": {"flags": ["--quantize", "int8", "--patches"], "adapters": ["sql", "json"]},
     "int4": {"flags": ["--quantize", "int4", "--patches"], "adapters": ["sql", "json"], "calibration_samples": 40},

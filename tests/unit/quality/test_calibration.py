@@ -10,8 +10,8 @@ from edgeadapt.quality.calibration import (
     Calibration,
     built_in,
     check_adapters,
-    read_calibration,
     fitted_samples,
+    read_calibration,
     samples_of,
     split,
 )
@@ -181,16 +181,16 @@ def test_samples_may_say_whose_they_are(tmp_path):
     own = Calibration(("x", "y"), adapters=("a", "b"))
     assert samples_of(own, None) == own
     assert samples_of(own, "a") == Calibration(("x",), adapters=("a",))
+    check_adapters(samples, ["a", "b", "c"])
 
 
 def test_weights_are_fitted_to_an_adapter_on_its_own_samples_and_else_on_those_for_all():
     samples = Calibration(("1", "a1", "2", "a2"), adapters=(None, "a", None, "a"))
+    for_all = Calibration(("1", "2"), adapters=(None, None))
     assert fitted_samples(samples, "a") == Calibration(("a1", "a2"), adapters=("a", "a"))
-    assert (
-        fitted_samples(samples, "b") == fitted_samples(samples, None) == Calibration(("1", "2"), adapters=(None,) * 2)
-    )
+    assert fitted_samples(samples, "b") == for_all
+    assert fitted_samples(samples, None) == for_all
     assert fitted_samples(Calibration(("1",)), "a") == Calibration(("1",))
-    check_adapters(samples, ["a", "b", "c"])
 
 
 def test_an_adapter_with_few_samples_keeps_them_for_both_uses():
