@@ -44,16 +44,16 @@ def factor(module: TargetModule, now: Effective) -> SiteUpdate | None:
 
 
 def dense_sites(resolved: ResolvedAdapter) -> list[str]:
-    """Return the modules at which an adapter's product costs as much as the base's own."""
+    """Return the modules at which an adapter's product costs at least as much as the base's own."""
     return [path for path, update in resolved.sites.items() if _is_dense(update)]
 
 
 def _is_dense(update: SiteUpdate) -> bool:
     if update.a is None or update.b is None:
         return False
-    inputs = update.a[0].size if update.b.ndim == 4 else update.a.shape[0]
-    outputs = update.b.shape[0] if update.b.ndim == 4 else update.b.shape[1]
-    return update.rank >= min(inputs, outputs)
+    image = update.b.ndim == 4
+    inputs, outputs = (int(update.a[0].size), len(update.b)) if image else (len(update.a), int(update.b.shape[1]))
+    return update.rank * (inputs + outputs) >= inputs * outputs
 
 
 def _matrix(weight: Array, module: TargetModule) -> Array:
@@ -107,7 +107,7 @@ def _product(change: Wide, changed: NDArray[np.bool_], noise: float, allowed: fl
         noise: how large rounding is in the mean.
         allowed: the largest error.
     """
-    rows, columns = changed.any(axis=1), changed.any(axis=0)
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
     part = change[np.ix_(rows, columns)]
     factors = _low_rank(part, noise, allowed) if min(part.shape) > 1 else None
     if factors is not None:
@@ -116,8 +116,15 @@ def _product(change: Wide, changed: NDArray[np.bool_], noise: float, allowed: fl
         a[rows], b[:, columns] = factors
         return a, b
     if part.shape[0] <= part.shape[1]:
-        return np.eye(len(change))[:, rows], np.where(columns, change[rows], 0.0)
-    return np.where(rows[:, None], change[:, columns], 0.0), np.eye(change.shape[1])[columns]
+        return _units(len(change), rows), change[rows]
+    return change[:, columns], _units(change.shape[1], columns).T
+
+
+def _units(size: int, index: NDArray[np.intp]) -> Wide:
+    """Return the columns `index` of an identity matrix of this size."""
+    columns = np.zeros((size, len(index)))
+    columns[index, np.arange(len(index))] = 1.0
+    return columns
 
 
 def _low_rank(matrix: Wide, noise: float, allowed: float) -> tuple[Wide, Wide] | None:

@@ -14,6 +14,7 @@ from edgeadapt.errors import AdapterError
 from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.merging.past import past_of
 from edgeadapt.merging.probe import NotAProductError, probe
+from edgeadapt.merging.quiet import quiet
 from edgeadapt.merging.reference import REFERENCE, adapted_module, bias_digests, check_untouched
 
 _NO_WAY = "merge the adapter with peft, check the result, and use it as a base"
@@ -37,10 +38,11 @@ class PeftLibrary:
         biases = bias_digests(self._base, self._base.modules)
         model: Any = adapted_module(self._base, adapter).model
         found = {}
-        for path, target in self._base.modules.items():
-            now = _effective(_inside(model, path), target, self._base.module.get_submodule(path), adapter)
-            if now is not None:
-                found[path] = now
+        with quiet():
+            for path, target in self._base.modules.items():
+                now = _effective(_inside(model, path), target, self._base.module.get_submodule(path), adapter)
+                if now is not None:
+                    found[path] = now
         _check_covered(model, self._base)
         check_untouched(self._base, adapter, found, biases)
         for path, now in found.items():
@@ -134,9 +136,10 @@ def _same(one: nn.Module, other: nn.Module, name: str) -> bool:
 def _check_covered(model: nn.Module, base: BaseModel) -> None:
     """Refuse saved copies of modules that hold more than weights and biases: nothing else can be exchanged."""
     for path, module in model.named_modules():
-        if not hasattr(module, "modules_to_save"):
+        copies: Any = getattr(module, "modules_to_save", None)
+        if copies is None:
             continue
-        own = module.modules_to_save[REFERENCE]  # type: ignore[index, operator]
+        own: nn.Module = copies[REFERENCE]
         for name, value in own.state_dict().items():
             place = f"{path}.{name}"
             if place.rpartition(".")[0] in base.modules and name.rpartition(".")[2] in ("weight", "bias"):

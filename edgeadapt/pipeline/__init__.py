@@ -17,7 +17,7 @@ from edgeadapt.pipeline.inputs import (
     named_adapters,
     needed_bytes,
     read_samples,
-    resolve_on,
+    resolve_all,
 )
 from edgeadapt.pipeline.job import Job
 from edgeadapt.pipeline.measure import parity_of, parity_originals, prune_adapters, quality_of
@@ -54,7 +54,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
             adapters = named_adapters(recipe)
         with progress.stage("load base"):
             base, given = load_base(recipe, adapters, base, progress), base is not None
-            resolved = [resolve_on(base, adapter) for adapter in adapters]
+            resolved = resolve_all(recipe, base, adapters, progress)
             check_heads(base, resolved)
             samples = read_samples(recipe, base)
             check_adapters(samples, [adapter.name for adapter in adapters])

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter
+from edgeadapt.adapters.factor import dense_sites
 from edgeadapt.adapters.inspect import default_head_size, task_of
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
@@ -83,6 +84,22 @@ def load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | Non
     if recipe.max_length is None:
         return base
     return dataclasses.replace(base, max_length=recipe.max_length)
+
+
+def resolve_all(
+    recipe: Recipe, base: BaseModel, adapters: Sequence[Adapter], progress: Progress
+) -> list[ResolvedAdapter]:
+    """Return the adapters as arrays at the base's modules; say which of them will cost as much beside it as itself."""
+    resolved = [resolve_on(base, adapter) for adapter in adapters]
+    for adapter in resolved:
+        dense = dense_sites(adapter)
+        if dense and not recipe.merge:
+            progress.note(
+                f"{adapter.name}: its change is no smaller than the base's own weight at {len(dense)} of "
+                f"{len(adapter.sites)} modules ({dense[0]} first), so each token costs as much there again; --merge "
+                "takes that away, and so does promotion (--patches)"
+            )
+    return resolved
 
 
 def resolve_on(base: BaseModel, adapter: Adapter) -> ResolvedAdapter:

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from edgeadapt.adapters.adapter import Adapter, Array, Effective, Library, ResolvedAdapter, SiteUpdate, TargetModule
 from edgeadapt.adapters.factor import factor
 from edgeadapt.adapters.fingerprint import base_label, check_digest, check_unrounded
@@ -169,7 +167,8 @@ def resolve(
     check_unrounded(adapter.base, {path: path for path in modules}, modules, base_name)
     for path, module in modules.items():
         check_digest(adapter.base, (path,), module, base_name)
-    _check_finite(adapter)
+    for tensor in adapter.tensors.values():
+        tensor.read()  # refuses what is not finite
     sites: dict[str, SiteUpdate] = {}
     replaced: dict[str, Array] = {}
     for path, now in sorted(library.effective(adapter).items()):
@@ -184,15 +183,6 @@ def resolve(
             hint="check that it was trained before it was saved",
         )
     return ResolvedAdapter(adapter.name, adapter.kind, sites, replaced)
-
-
-def _check_finite(adapter: Adapter) -> None:
-    for tensor in adapter.tensors.values():
-        if not np.isfinite(tensor.read()).all():
-            raise AdapterError(
-                f"tensor {tensor.key!r} in {tensor.file} holds NaN or infinite values",
-                hint="the training diverged or the file is damaged: use another checkpoint",
-            )
 
 
 def _whole(adapter: Adapter, module: TargetModule, now: Effective) -> bool:
