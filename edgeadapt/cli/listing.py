@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from edgeadapt import registry, settings
-from edgeadapt.adapters.read import known_kinds
 from edgeadapt.cli import output
 from edgeadapt.cli.options import Json
 
@@ -35,6 +34,8 @@ def listing(
 ) -> None:
     """List adapter kinds, quantization schemes, devices or recipes."""
     if topic == Topic.kinds:
+        from edgeadapt.adapters.read import known_kinds
+
         rows = known_kinds()
     elif topic == Topic.schemes:
         rows = {name: _first_line(f"{_SCHEMES}.{name}") for name in registry.names(_SCHEMES)}
