@@ -17,6 +17,14 @@ from edgeadapt.adapters.fingerprint import check_digest
 from edgeadapt.adapters.kinds._virtual_config import CACHES, MULTITASK, TYPES, check_config
 from edgeadapt.errors import AdapterError
 
+KINDS: Mapping[str, str] = {
+    "cartridge": "Cartridge: a trained beginning of the key-value cache, some of it frozen",
+    "cpt": "CPT: a trained context in the text's embeddings",
+    "multitask_prompt_tuning": "multitask prompt tuning: a shared prompt times a low-rank one per task",
+    "p_tuning": "P-tuning: a prompt that a small network wrote",
+    "prefix_tuning": "prefix tuning: a trained beginning of the key-value cache",
+    "prompt_tuning": "prompt tuning: trained embeddings before the text's",
+}
 TERMS: frozenset[str] = frozenset()
 _TOKENS = "prompt_embeddings"
 _SAVE_AGAIN = "save the adapter again with peft's save_pretrained"
@@ -25,6 +33,11 @@ _SAVE_AGAIN = "save the adapter again with peft's save_pretrained"
 def claims(layout: str, config: Mapping[str, Any]) -> bool:
     """Tell whether the files in `layout` with `config` are of this kind."""
     return layout == "peft" and config.get("peft_type") in TYPES
+
+
+def kind_of(config: Mapping[str, Any]) -> str:
+    """Return the kind's name: peft's own, in lower case."""
+    return str(config["peft_type"]).lower()
 
 
 def check(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ def test_keys_and_values_are_those_that_peft_begins_with(tmp_path: Path) -> None
 def test_each_task_of_one_file_is_an_adapter(tmp_path: Path) -> None:
     _save(MultitaskPromptTuningConfig(**LM, num_tasks=2), tmp_path / "multi")
     found = read_adapters(tmp_path / "multi")
+    assert {adapter.kind for adapter in found} == {"multitask_prompt_tuning"}
     assert [(adapter.name, adapter.task_id) for adapter in found] == [("multi-task0", 0), ("multi-task1", 1)]
     assert describe(found[1])["task_id"] == 1
     _save(MultitaskPromptTuningConfig(**LM, num_tasks=1), tmp_path / "single")
