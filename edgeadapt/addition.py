@@ -16,6 +16,7 @@ from edgeadapt.adapters.labels import read_labels
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.base import base_fingerprint, target_modules
+from edgeadapt.bundle.bottlenecks import width_of
 from edgeadapt.bundle.bundle import Bundle
 from edgeadapt.bundle.golden import Golden
 from edgeadapt.bundle.manifest import AdapterRecord, Manifest
@@ -138,7 +139,7 @@ def adapter_record(adapter: Adapter, resolved: ResolvedAdapter) -> AdapterRecord
     stamped = adapter.base.fingerprint is not None
     return AdapterRecord(
         kind=adapter.kind,
-        rank=max((update.rank for update in resolved.sites.values()), default=0),
+        rank=max((*(update.rank for update in resolved.sites.values()), width_of(resolved.bottlenecks), 0)),
         parameters=resolved.parameter_count,
         minimum_effect=0.0,
         tolerance=0.0,

@@ -177,11 +177,12 @@ def _new_values(base: BaseModel, adapter: ResolvedAdapter) -> dict[str, NewValue
     Raises:
         MergeError: if a module cannot take its update, or no weight changes.
     """
-    from edgeadapt.merging.merge import check_site
+    from edgeadapt.merging.merge import check_linear, check_site
     from edgeadapt.quantize.patch import NewValue
 
     if adapter.prefix is not None:
         raise MergeError("it begins texts with virtual tokens and changes no weight", hint="leave patches out")
+    check_linear(adapter)
     values: dict[str, NewValue] = {}
     for path, update in adapter.sites.items():
         target = base.modules[path]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 ROWWISE_TYPES = ("linear", "conv1d", "norm")
 """Modules whose slot computes by plain products and sums, which broadcast: each row of a batch may bring its own
@@ -41,6 +42,49 @@ class Joined:
     graph: str
     sites: tuple[str, ...]
     inputs: Mapping[str, str]
+
+
+class BottleneckKind(NamedTuple):
+    """What makes two bottlenecks the same nodes of a graph; see `edgeadapt.adapters.adapter.Bottleneck`."""
+
+    reads: str
+    activation: str
+    normalized: bool
+
+    def prefix(self, site: str) -> str:
+        """Return what the names of its inputs at a module begin with."""
+        return f"{site}.bottleneck.{self.reads}.{self.activation}{'.normalized' if self.normalized else ''}"
+
+
+@dataclass(frozen=True)
+class BottleneckSlot:
+    """A place for a bottleneck beside one module of the base.
+
+    site: the module to whose output it is added; graphs: roles of the graphs that hold it
+    reads, activation, normalized: what the graph computes, which is not the adapter's to choose
+    features: the length of the last axis of what it reads and gives
+    inputs: graph input per term: "down", "down_bias", "up", "up_bias"
+    """
+
+    site: str
+    graphs: tuple[str, ...]
+    reads: str
+    activation: str
+    normalized: bool
+    features: int
+    inputs: Mapping[str, str]
+
+    @property
+    def kind(self) -> BottleneckKind:
+        """What makes two at one site different."""
+        return BottleneckKind(self.reads, self.activation, self.normalized)
+
+
+BOTTLENECK_TERMS = ("down", "down_bias", "up", "up_bias")
+BOTTLENECK_READS = ("output", "residual", "sum", "norm")
+BOTTLENECK_ACTIVATIONS = (
+    *("relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear"),
+)
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,37 @@ class SiteUpdate:
         return int(self.b.shape[1] if self.b.ndim == 4 else self.b.shape[0])
 
 
+Reads = Literal["output", "residual", "sum", "norm"]
+"""What a bottleneck reads, where a module's output y has the residual r added to it next: y, r, y + r, or the norm of
+y + r that the base computes."""
+Activation = Literal["relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear"]
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """A small network beside the base: y' = y + f(n(v) down + down_bias) up + up_bias at the module `site`.
+
+    v is what it `reads`; f is the `activation`; n is v, or v less its mean and over its standard deviation where it is
+    `normalized`. Scalings, and gain and offset of a norm of its own, are folded in.
+
+    down: float32[features, width]; down_bias: float32[width]; up: float32[width, features]; up_bias: float32[features]
+    """
+
+    site: str
+    reads: Reads
+    activation: Activation
+    normalized: bool
+    down: Array
+    down_bias: Array
+    up: Array
+    up_bias: Array
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """All that was trained."""
+        return self.down, self.down_bias, self.up, self.up_bias
+
+
 @dataclass(frozen=True)
 class Prefix:
     """What virtual tokens come to: what a decoder's key-value cache holds before the first token, layer by layer.
@@ -170,7 +201,8 @@ class ResolvedAdapter:
     """An adapter as arrays, checked complete against a base.
 
     `sites` maps a module path to its update; `replaced` maps a base parameter's name ("classifier.weight") to its
-    new float32 value (modules_to_save), in torch's layout; `prefix` is what every text begins with, or None.
+    new float32 value (modules_to_save), in torch's layout; `prefix` is what every text begins with, or None;
+    `bottlenecks` are networks beside the base's modules.
     """
 
     name: str
@@ -178,10 +210,12 @@ class ResolvedAdapter:
     sites: Mapping[str, SiteUpdate]
     replaced: Mapping[str, Array]
     prefix: Prefix | None = None
+    bottlenecks: tuple[Bottleneck, ...] = ()
 
     @property
     def parameter_count(self) -> int:
         """How many numbers the adapter holds."""
         arrays = [x for u in self.sites.values() for x in (u.a, u.b, u.gain, u.offset) if x is not None]
         prefix = () if self.prefix is None else (*self.prefix.keys, *self.prefix.values)
-        return int(sum(np.size(x) for x in [*arrays, *self.replaced.values(), *prefix]))
+        of_bottlenecks = [x for bottleneck in self.bottlenecks for x in bottleneck.arrays]
+        return int(sum(np.size(x) for x in [*arrays, *self.replaced.values(), *prefix, *of_bottlenecks]))

@@ -41,6 +41,15 @@ def read_fingerprint(file: Path) -> BaseReference:
     )
 
 
+def find_fingerprint(folder: Path, root: Path, name: str | None, revision: str | None) -> BaseReference:
+    """Return what the stamp in `folder`, else that in `root`, says of the base; without one only what is given."""
+    stamp = next((file for file in (folder / FILE_NAME, root / FILE_NAME) if file.is_file()), None)
+    if stamp is None:
+        return BaseReference(name, revision)
+    base = read_fingerprint(stamp)
+    return BaseReference(base.name or name, base.revision or revision, base.fingerprint, base.quantization)
+
+
 def _check(data: Any, file: Path) -> None:
     if not isinstance(data, dict) or set(data) != _FIELDS:
         raise AdapterError(f"{file} must hold exactly {', '.join(sorted(_FIELDS))}", hint=_STAMP_AGAIN)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,23 @@ _LEADING = ("base_model.model.", "module.")
 _ANYWHERE = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
-def adapter_folders(root: Path) -> tuple[tuple[str, Path], ...]:
+def adapter_folders(root: Path, holds: Callable[[Path], bool]) -> tuple[tuple[str, Path], ...]:
     """Return the name and folder of every adapter in `root`: the folder itself, then its sub-folders by name.
 
     A trainer's `checkpoint-<step>` folders beside a finished adapter are not adapters of their own.
+
+    Args:
+        root: where to look.
+        holds: whether a folder holds an adapter.
 
     Raises:
         AdapterError: there is no adapter at `root`.
     """
     if not root.is_dir():
         _refuse_no_folder(root)
-    subs = sorted(item for item in root.iterdir() if (item / CONFIG).is_file())
+    subs = sorted(item for item in root.iterdir() if holds(item))
     finished = [item for item in subs if not is_checkpoint(item)]
-    if (root / CONFIG).is_file():
+    if holds(root):
         name = root.resolve().name
         found = [(name, root), *((item.name, item) for item in finished)]
         if any(item.name == name for item in finished):

@@ -140,12 +140,21 @@ def _read(file: Path, key: str, dtype: str, shape: tuple[int, ...], start: int) 
             values = raw.astype(np.float32)
     else:
         return raw.reshape(shape)
+    return check_finite(values.reshape(shape), key, file)
+
+
+def check_finite(values: Array, key: str, file: Path) -> Array:
+    """Return `values`, the tensor `key` of `file`, if all of them are finite.
+
+    Raises:
+        AdapterError: one is NaN or infinite.
+    """
     bad = np.flatnonzero(~np.isfinite(values))
     if bad.size:
-        index = [int(i) for i in np.unravel_index(int(bad[0]), shape)]
+        index = [int(i) for i in np.unravel_index(int(bad[0]), values.shape)]
         raise AdapterError(
             f"tensor {key!r} in {file} holds values that are not finite: {bad.size} of {values.size}, "
             f"the first at {index}",
             hint="the training diverged or the file is damaged: use an earlier checkpoint",
         )
-    return values.reshape(shape)
+    return values

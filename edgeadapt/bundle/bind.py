@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
+from edgeadapt.bundle.bottlenecks import bind_bottlenecks, bottleneck_inputs, read_bottlenecks
 from edgeadapt.bundle.manifest import BaseModule, Manifest
 from edgeadapt.bundle.prefix import check_prefix, is_prefix_tensor, prefix_of, prefix_tensors
 from edgeadapt.bundle.rules import TERMS
@@ -47,6 +48,7 @@ def _placed(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
             raise _no_slot(resolved.name, "module", site, known=site in modules)
         _check_update(resolved.name, site, update, modules[site])
         result |= _bind_site(resolved.name, slots[site], update)
+    result |= bind_bottlenecks(resolved, manifest)
     result |= _bind_parameters(resolved, manifest, modules)
     if resolved.prefix is not None:
         check_prefix(resolved.name, resolved.prefix, manifest)
@@ -80,6 +82,7 @@ def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> Resolv
     replaced: dict[str, Array] = {}
     places = {input_: (slot.site, term) for slot in manifest.slots for term, input_ in slot.inputs.items()}
     parameters = {slot.input: slot.parameter for slot in manifest.parameters}
+    beside = bottleneck_inputs(manifest)
     for input_, value in inputs.items():
         if is_prefix_tensor(input_):
             continue
@@ -88,11 +91,17 @@ def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> Resolv
             sites.setdefault(site, {})[term] = value
         elif input_ in parameters:
             replaced[parameters[input_]] = value
+        elif input_ in beside:
+            continue
         else:
             raise _not_settable(name, input_, manifest)
     record = manifest.adapters.get(name)
     updates = {site: SiteUpdate(**terms) for site, terms in sites.items()}
-    return ResolvedAdapter(name, "" if record is None else record.kind, updates, replaced, prefix_of(name, inputs))
+    return ResolvedAdapter(
+        *(name, "" if record is None else record.kind, updates, replaced),
+        prefix=prefix_of(name, inputs),
+        bottlenecks=read_bottlenecks(name, inputs, manifest),
+    )
 
 
 def check_inputs(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> dict[str, Array]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.bundle.bottlenecks import blend_bottlenecks
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.prefix import is_prefix_tensor
 from edgeadapt.bundle.rules import slot_inputs
@@ -54,6 +55,7 @@ def blend(parts: Sequence[Part], manifest: Manifest, defaults: Mapping[str, Arra
             result |= _blend_slot(used, slot)
         for parameter in manifest.parameters:
             result |= _blend_parameter(used, parameter, (defaults or {}).get(parameter.input))
+        result |= blend_bottlenecks(used, manifest)
     for name, value in result.items():
         if not np.isfinite(value).all():
             raise BundleError(f"the blend overflows at {name!r}", hint="use smaller weights")

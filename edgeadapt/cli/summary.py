@@ -27,7 +27,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "merged": manifest.merged,
         "adapters": whole["adapters"],
         "adapter_dtype": manifest.adapter_dtype,
-        "slots": len(manifest.slots),
+        "slots": len(manifest.slots) + len(manifest.bottlenecks),
         "graphs": whole["graphs"],
         "quantization": whole["quantization"],
         "parity": whole["parity"],

@@ -40,6 +40,7 @@ def merge(base: BaseModel, resolved: ResolvedAdapter) -> BaseModel:
             f"adapter {resolved.name!r} begins texts with virtual tokens and changes no weight: it cannot be merged",
             hint="export it without --merge: it costs no more than its tokens",
         )
+    check_linear(resolved)
     if not resolved.replaced and not any(_terms(update) for update in resolved.sites.values()):
         raise MergeError(
             f"adapter {resolved.name!r} has nothing to merge: it changes no module and no parameter",
@@ -57,6 +58,20 @@ def merge(base: BaseModel, resolved: ResolvedAdapter) -> BaseModel:
     if untied:
         keep_untied(module)
     return _described(base, module, changes)
+
+
+def check_linear(resolved: ResolvedAdapter) -> None:
+    """Refuse an adapter with bottlenecks: no weight gives what they give.
+
+    Raises:
+        MergeError: if there is one.
+    """
+    if resolved.bottlenecks:
+        raise MergeError(
+            f"adapter {resolved.name!r} cannot be merged: it has bottlenecks ({resolved.bottlenecks[0].site!r} first), "
+            f"whose activation ({resolved.bottlenecks[0].activation}) is not linear, so they fold into no weight",
+            hint="export without --merge; the adapter then stays beside the base and can be swapped",
+        )
 
 
 def check_merge(

@@ -72,10 +72,14 @@ def adapted_module(base: BaseModel, adapter: Adapter) -> nn.Module:
     Raises:
         MergeError: if the adapter's library is unknown, or it did not load the adapter completely.
     """
+    if adapter.layout == "adapterhub":
+        from edgeadapt.merging.adapterhub import hub_module
+
+        return hub_module(base, adapter)
     if adapter.layout != "peft":
         raise MergeError(
             f"adapter {adapter.name!r} is in the layout {adapter.layout!r}, whose library cannot be run here",
-            hint="only adapters saved by peft have a reference",
+            hint="only adapters saved by peft or AdapterHub have a reference",
         )
     from peft import PeftConfig
 

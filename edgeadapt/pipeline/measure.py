@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from edgeadapt.addition import adapter_record
+from edgeadapt.errors import QuantizeError
 from edgeadapt.fields import to_mapping
 from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Array, Job, arrays_of, cases_of
 from edgeadapt.progress import Progress
@@ -66,10 +67,19 @@ def prune_adapters(job: Job, session: Session, prune_kl: float, progress: Progre
     """Return the job with adapters that lack the ranks and sites that hardly matter, and what that cost.
 
     A prefix has neither, and stays as it is.
+
+    Raises:
+        QuantizeError: if an adapter has bottlenecks.
     """
     from edgeadapt.export.sensitivity import collect_sensitivity
     from edgeadapt.quality.pruning import prune
 
+    for adapter in job.resolved:
+        if adapter.bottlenecks:
+            raise QuantizeError(
+                f"adapter {adapter.name!r} has bottlenecks, which cannot be pruned: only low-rank terms can",
+                hint="leave out --prune-kl",
+            )
     seen, judged = (cases_of(job, part, TOKENS_PER_TEXT) for part in (split(job.samples)[0], job.measured))
     found = {
         adapter.name: prune(session, adapter, collect_sensitivity(job.base, adapter, seen), arrays_of(judged), prune_kl)

@@ -7,7 +7,7 @@ defaults are the identity; everywhere else the marker goes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ import onnx_ir as ir
 from edgeadapt.adapters.adapter import TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import ADAPTER_SITE, MARKER_DOMAIN, PARAMETER_SITE
+from edgeadapt.quantize.bottleneck import Bottlenecks
 from edgeadapt.quantize.join import joined_name, sites_of
-from edgeadapt.slots import ROWWISE_TYPES
+from edgeadapt.slots import ROWWISE_TYPES, BottleneckKind
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Lowered:
     terms: per module the terms that it takes ("a", "b", "gain", "offset"); modules of a joined product take the same
     joined: the modules of each joined product that takes adapters, in the order of their outputs
     parameters: names of the parameters that can be replaced
+    bottlenecks: per module the kinds of bottleneck that can be beside it
     """
 
     terms: Mapping[str, frozenset[str]]
     joined: tuple[tuple[str, ...], ...]
     parameters: tuple[str, ...]
+    bottlenecks: Mapping[str, frozenset[BottleneckKind]] = field(default_factory=dict)
 
 
 def lower(
@@ -40,6 +43,8 @@ def lower(
     replaced: set[str],
     flexible: set[str],
     modules: Mapping[str, TargetModule],
+    *,
+    bottlenecks: Mapping[str, frozenset[BottleneckKind]] | None = None,
 ) -> Lowered:
     """Replace every marker of `model` in place; return what became inputs.
 
@@ -49,9 +54,14 @@ def lower(
         replaced: parameters that adapters replace whole.
         flexible: those of them whose axis 0 may differ between adapters.
         modules: the base's modules by path.
+        bottlenecks: the kinds of bottleneck that adapters have beside a module, per site.
+
+    Raises:
+        ExportError: if there is no place for a bottleneck in the graph.
     """
     graph = model.graph
     lowering = _Lowering(graph)
+    beside = Bottlenecks(bottlenecks or {}, lowering.add_input)
     for node in list(graph):
         if node.domain != MARKER_DOMAIN:
             continue
@@ -63,14 +73,17 @@ def lower(
             terms = frozenset[str]().union(*(wanted.get(site, frozenset()) for site in sites))
             varies = f"{sites[0]}.weight" in flexible & replaced
             result = lowering.site(node, sites, terms, modules, varies=varies) if terms else _given(node, 1)
+            result = beside.add(graph, node, sites, result, modules)
         else:
             raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
         _replace(graph, node, result)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     _drop_unused(graph)
-    if lowering.terms or lowering.parameters:
+    if beside.found:
+        graph.sort()  # what a bottleneck reads beside its module's output may have been computed after it
+    if lowering.terms or lowering.parameters or beside.found:
         _forget_shapes(graph, flexible & set(lowering.parameters))
-    return Lowered(lowering.terms, tuple(lowering.joined), tuple(lowering.parameters))
+    return Lowered(lowering.terms, tuple(lowering.joined), tuple(lowering.parameters), beside.found)
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:
@@ -117,7 +130,7 @@ class _Lowering:
                 shape[0] = f"{name}.num_labels"
             if source.name == name:
                 source.name = f"{name}.base"
-            self.parameters[name] = self._input(name, value, shape)
+            self.parameters[name] = self.add_input(name, value, shape)
         return self.parameters[name]
 
     def site(
@@ -156,7 +169,7 @@ class _Lowering:
                 if term not in inputs:
                     size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
                     declared = None if rowwise else [axis]
-                    inputs[term] = self._input(f"{site}.{term}", default(size, np.float32), declared)
+                    inputs[term] = self.add_input(f"{site}.{term}", default(size, np.float32), declared)
                 vector = inputs[term]
                 y = _append(nodes, op, [y, _per_channel(nodes, vector, module)])
         self.graph.insert_before(node, nodes)
@@ -171,10 +184,10 @@ class _Lowering:
             for term, name, shape in zip("ab", ("lora_A", "lora_B"), _low_rank_shapes(module), strict=True):
                 default = np.zeros([sizes[d] if isinstance(d, str) else d for d in shape], np.float32)
                 declared = [axes[d] if isinstance(d, str) else d for d in shape]
-                inputs[term] = self._input(f"{site}.{name}", default, None if rowwise else declared)
+                inputs[term] = self.add_input(f"{site}.{name}", default, None if rowwise else declared)
         return inputs["a"], inputs["b"]
 
-    def _input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str] | None) -> ir.Value:
+    def add_input(self, name: str, default: np.ndarray[Any, Any], shape: Sequence[int | str] | None) -> ir.Value:
         """Add an optional input. Without a declared shape it may get a first axis: one adapter for each row."""
         declared = None if shape is None else ir.Shape(shape)
         value = ir.Value(name=name, shape=declared, type=ir.TensorType(ir.DataType.FLOAT))

@@ -19,7 +19,15 @@ from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import Graph
 from edgeadapt.quantize.join import join_products, joined_name
 from edgeadapt.quantize.lower import Lowered, lower
-from edgeadapt.slots import GraphRecord, Joined, ParameterSlot, Slot
+from edgeadapt.slots import (
+    BOTTLENECK_TERMS,
+    BottleneckKind,
+    BottleneckSlot,
+    GraphRecord,
+    Joined,
+    ParameterSlot,
+    Slot,
+)
 
 WEIGHTS = "weights.bin"
 EXTERNAL_FROM_BYTES = 1024
@@ -34,6 +42,7 @@ class Packed:
     slots: tuple[Slot, ...]
     parameters: tuple[ParameterSlot, ...]
     joined: tuple[Joined, ...]
+    bottlenecks: tuple[BottleneckSlot, ...]
 
 
 def pack(
@@ -57,6 +66,7 @@ def pack(
         ExportError: if a site or parameter of an adapter is in no graph.
     """
     wanted = _wanted(adapters)
+    beside = _beside(adapters)
     replaced = {name for adapter in adapters for name in adapter.replaced}
     flexible = set(flexible)
     target = folder / "graph"
@@ -74,14 +84,15 @@ def pack(
             _save(model, target / f"{role}.plain.onnx", store)
             slots_name = None
             if slots_model is not None:
-                lowered[role] = lower(slots_model, wanted, replaced, flexible, modules)
-                if lowered[role].terms or lowered[role].parameters:
+                lowered[role] = lower(slots_model, wanted, replaced, flexible, modules, bottlenecks=beside)
+                if lowered[role].terms or lowered[role].parameters or lowered[role].bottlenecks:
                     slots_name = f"graph/{role}.slots.onnx"
                     _save(slots_model, target / f"{role}.slots.onnx", store)
             files[role] = GraphRecord(f"graph/{role}.plain.onnx", slots_name, inputs, outputs)
     terms = {site: used for found in lowered.values() for site, used in found.terms.items()}
     parameters = {name for found in lowered.values() for name in found.parameters}
-    _all_found(set(wanted) - set(terms), replaced - parameters)
+    found_beside = {site for found in lowered.values() for site in found.bottlenecks}
+    _all_found((set(wanted) - set(terms)) | (set(beside) - found_beside), replaced - parameters)
     return Packed(
         graphs=files,
         slots=tuple(
@@ -102,6 +113,11 @@ def pack(
             for role, found in lowered.items()
             for sites in found.joined
         ),
+        bottlenecks=tuple(
+            _bottleneck([role for role in lowered if site in lowered[role].bottlenecks], kind, modules[site])
+            for site in sorted(found_beside)
+            for kind in sorted(beside[site])
+        ),
     )
 
 
@@ -113,6 +129,21 @@ def _wanted(adapters: Sequence[ResolvedAdapter]) -> dict[str, frozenset[str]]:
             used = {term for term in ("a", "b", "gain", "offset") if getattr(update, term) is not None}
             terms.setdefault(site, set()).update(used)
     return {site: frozenset(used) for site, used in terms.items() if used}
+
+
+def _beside(adapters: Sequence[ResolvedAdapter]) -> dict[str, frozenset[BottleneckKind]]:
+    """Return the kinds of bottleneck that any adapter has, per site."""
+    kinds: dict[str, set[BottleneckKind]] = {}
+    for adapter in adapters:
+        for bottleneck in adapter.bottlenecks:
+            kind = BottleneckKind(bottleneck.reads, bottleneck.activation, bottleneck.normalized)
+            kinds.setdefault(bottleneck.site, set()).add(kind)
+    return {site: frozenset(found) for site, found in kinds.items()}
+
+
+def _bottleneck(roles: list[str], kind: BottleneckKind, module: TargetModule) -> BottleneckSlot:
+    inputs = {term: f"{kind.prefix(module.path)}.{term}" for term in BOTTLENECK_TERMS}
+    return BottleneckSlot(module.path, tuple(roles), *kind, module.out_features, inputs)
 
 
 def _all_found(sites: set[str], parameters: set[str]) -> None:

@@ -183,7 +183,7 @@ def test_other_refusals(base_of, adapt):
     other = type(adapter)(**{**vars(adapter), "layout": "adapters"})
     assert refuse(base, other) == (
         "adapter 'adapter' is in the layout 'adapters', whose library cannot be run here\n"
-        "Hint: only adapters saved by peft have a reference"
+        "Hint: only adapters saved by peft or AdapterHub have a reference"
     )
     assert refuse(base, [adapter, adapter]) == (
         "two adapters have the name 'adapter'\nHint: give each a name of its own"

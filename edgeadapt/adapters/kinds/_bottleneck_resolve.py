@@ -1,0 +1,181 @@
+"""AdapterHub's bottlenecks at the modules of a base, proven complete."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeadapt.adapters.adapter import Adapter, Array, Bottleneck, ResolvedAdapter, TargetModule
+from edgeadapt.adapters.fingerprint import base_label, check_digest, check_unrounded
+from edgeadapt.adapters.hub_heads import resolve_head
+from edgeadapt.adapters.kinds._bottleneck_config import activation_of, reads_of, width_of
+from edgeadapt.adapters.kinds._bottleneck_tensors import Place, is_of_head, matrix, places_of
+from edgeadapt.adapters.selection import Move, find_move, name_some
+from edgeadapt.errors import AdapterError
+
+_RIGHT_BASE = "give the base that the adapter was trained on, loaded for the same task"
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Where the library puts bottlenecks in one family of models.
+
+    location: in a layer, as keys have it; flag: the setting that puts an adapter there
+    product: the module whose output the bottleneck changes; norm: what normalizes its sum with the residual, or None
+        where that is the next layer's affair
+    """
+
+    location: str
+    flag: str
+    product: str
+    norm: str | None
+
+
+_ROWS = (
+    _Row("attention.output", "mh_adapter", "attention.output.dense", "attention.output.LayerNorm"),  # BERT, RoBERTa
+    _Row("output", "output_adapter", "output.dense", "output.LayerNorm"),
+    _Row("attention_adapters", "mh_adapter", "attention.out_lin", "sa_layer_norm"),  # DistilBERT
+    _Row("output_adapters", "output_adapter", "ffn.lin2", "output_layer_norm"),
+    _Row("attention_adapters", "mh_adapter", "attn.c_proj", None),  # GPT-2
+    _Row("output_adapters", "output_adapter", "mlp.c_proj", None),
+    _Row("attention_adapters", "mh_adapter", "self_attn.o_proj", None),  # Llama, Mistral
+    _Row("output_adapters", "output_adapter", "mlp.down_proj", None),
+    _Row("attention_adapters", "mh_adapter", "attention.output.dense", None),  # ViT
+    _Row("output.output_adapters", "output_adapter", "output.dense", None),
+)
+
+
+def resolve_bottleneck(adapter: Adapter, modules: Mapping[str, TargetModule], base_name: str | None) -> ResolvedAdapter:
+    """Return the adapter as arrays.
+
+    Raises:
+        AdapterError: a layer has no tensors, a tensor has no use, or the base does not fit.
+    """
+    places = places_of(adapter)
+    rows = {name: _row(place, modules, base_name) for name, place in places.items()}
+    paths = {name: f"{place.layer}.{rows[name].product}" for name, place in places.items()}
+    move = find_move(paths.values(), modules)
+    _check_complete(adapter, places, rows, move, modules, base_name=base_name)
+    names = {move.to_base(path): path for path in paths.values()}
+    for path, name in names.items():
+        check_digest(adapter.base, (path, name), modules[path], base_name)
+    check_unrounded(adapter.base, {path: move.to_adapter(path) or path for path in modules}, modules, base_name)
+    bottlenecks = [_bottleneck(adapter, place, rows[name], move, modules) for name, place in sorted(places.items())]
+    head = {key: tensor for key, tensor in adapter.tensors.items() if is_of_head(key)}
+    replaced = resolve_head(adapter, head, modules, base_name)
+    return ResolvedAdapter(adapter.name, adapter.kind, {}, replaced, bottlenecks=tuple(bottlenecks))
+
+
+def _row(place: Place, modules: Mapping[str, TargetModule], base_name: str | None) -> _Row:
+    """Return the row whose modules the base's layer of that number has."""
+    for row in _ROWS:
+        wanted = [part for part in (row.product, row.norm) if part is not None]
+        if row.location == place.location and all(
+            any(path.endswith(f".{place.index}.{part}") for path in modules) for part in wanted
+        ):
+            return row
+    raise AdapterError(
+        f"the adapter has a bottleneck at {place.layer}.{place.location}; no such place is known in "
+        f"{base_label(base_name)}",
+        hint="known are BERT and RoBERTa, DistilBERT, GPT-2, Llama and Mistral, ViT; " + _RIGHT_BASE,
+    )
+
+
+def _check_complete(
+    adapter: Adapter,
+    places: Mapping[str, Place],
+    rows: Mapping[str, _Row],
+    move: Move,
+    modules: Mapping[str, TargetModule],
+    *,
+    base_name: str | None,
+) -> None:
+    """Check that there is a bottleneck wherever the settings put one in the base, and nowhere else."""
+    settings = adapter.config["config"]
+    left_out = set(settings.get("leave_out") or ())
+    found = {(rows[name].flag, place.index) for name, place in places.items()}
+    family = {row.location: row for row in rows.values()}
+    for row in family.values():
+        if not settings.get(row.flag):
+            raise AdapterError(f"there are tensors at {row.location!r}, but {row.flag} is false", hint=_RIGHT_BASE)
+    missing = []
+    for flag in ("mh_adapter", "output_adapter"):
+        if not settings.get(flag):
+            continue
+        for index in _layers(places, move, modules):
+            wanted = index not in left_out and width_of(adapter.config, index) is not None
+            if wanted != ((flag, index) in found):
+                missing.append(f"{flag} in layer {index}")
+    if missing:
+        raise AdapterError(
+            f"the adapter's tensors do not fit the layers of {base_label(base_name)}: {name_some(missing, str)} "
+            "(missing, or there against leave_out)",
+            hint="the adapter's files are incomplete or damaged, or " + _RIGHT_BASE,
+        )
+
+
+def _layers(places: Mapping[str, Place], move: Move, modules: Mapping[str, TargetModule]) -> list[int]:
+    """Return the numbers of the base's layers."""
+    stacks = {place.layer.removesuffix(str(place.index)) for place in places.values()}
+    if len(stacks) > 1:
+        raise AdapterError(
+            f"the adapter is in several stacks of layers ({name_some(stacks)}), as of an encoder and a decoder, which "
+            "are not read yet",
+            hint="watch the changelog",
+        )
+    stack = move.to_base(stacks.pop())
+    found = (re.match(rf"{re.escape(stack)}(\d+)\.", path) for path in modules)
+    return sorted({int(match[1]) for match in found if match is not None})
+
+
+def _bottleneck(
+    adapter: Adapter, place: Place, row: _Row, move: Move, modules: Mapping[str, TargetModule]
+) -> Bottleneck:
+    settings = adapter.config["config"]
+    reads, behind_norm = reads_of(settings, normed=row.norm is not None)
+    site = move.to_base(f"{place.layer}.{row.product}")
+    if behind_norm:
+        site = f"{site.removesuffix(row.product)}{row.norm}"
+    down, down_bias = _down(place, settings)
+    up, up_bias = matrix(place, "up", "adapter_up", settings)
+    scale = _scale(place, settings)
+    up, up_bias = up * scale, (np.zeros(up.shape[1], np.float32) if up_bias is None else up_bias) * scale
+    _check_shapes(adapter, place, modules[site], down, up)
+    return Bottleneck(
+        site,
+        reads,
+        activation_of(adapter.config),
+        bool(settings.get("ln_before")),
+        *(np.ascontiguousarray(value, np.float32) for value in (down, down_bias, up, up_bias)),
+    )
+
+
+def _down(place: Place, settings: Mapping[str, object]) -> tuple[Array, Array]:
+    """Return the way down, a norm's gain and offset before it folded in."""
+    normalized = bool(settings.get("ln_before"))
+    down, bias = matrix(place, "down", "adapter_down.1" if normalized else "adapter_down.0", settings)
+    bias = np.zeros(down.shape[1], np.float32) if bias is None else bias
+    if normalized:
+        gain, offset = (place.parts[f"adapter_norm_before.{part}"].read() for part in ("weight", "bias"))
+        bias = bias + offset @ down
+        down = gain[:, None] * down
+    return down, bias
+
+
+def _scale(place: Place, settings: Mapping[str, object]) -> Array:
+    """Return float32[1] or float32[features]."""
+    scaling = settings.get("scaling", 1.0)
+    return place.parts["scaling"].read() if isinstance(scaling, str) else np.array([scaling], np.float32)
+
+
+def _check_shapes(adapter: Adapter, place: Place, module: TargetModule, down: Array, up: Array) -> None:
+    width, features = width_of(adapter.config, place.index), module.out_features
+    if down.shape != (features, width) or up.shape != (width, features):
+        raise AdapterError(
+            f"the bottleneck at {place.layer}.{place.location} is {list(down.shape)} and {list(up.shape)}; the base's "
+            f"module {module.path!r} and reduction_factor need [{features}, {width}] and [{width}, {features}]",
+            hint="the adapter's files do not belong together, or " + _RIGHT_BASE,
+        )

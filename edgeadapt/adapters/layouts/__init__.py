@@ -1,0 +1,5 @@
+"""One file per library whose adapter folders are read: `holds` and `read`.
+
+`holds(folder) -> bool`: whether the folder has an adapter of this layout; the first by name whose `holds` is true reads
+it. `read(name, folder, root) -> Adapter`: the adapter, checked as far as is possible without its base.
+"""

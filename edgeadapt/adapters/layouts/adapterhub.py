@@ -1,0 +1,204 @@
+"""Adapters that the library `adapters` (AdapterHub) saved with `save_adapter` or `save_all_adapters`.
+
+A folder holds adapter_config.json (name, base and, under "config", the method's settings) with adapter.safetensors or
+pytorch_adapter.bin; and, where a prediction head was saved, head_config.json with model_head.safetensors or
+pytorch_model_head.bin. The adapter's name is inside every key; it is dropped here. A head's keys are the base's own
+("classifier.weight") where the model has one head, and "heads.<index>.<part>" where it has heads by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from edgeadapt.adapters.adapter import Adapter, BaseReference, TensorRef
+from edgeadapt.adapters.fingerprint import FILE_NAME as FINGERPRINT
+from edgeadapt.adapters.fingerprint import find_fingerprint
+from edgeadapt.adapters.kind import kind_of, known_kinds
+from edgeadapt.adapters.peft_files import CONFIG, read_config
+from edgeadapt.adapters.safetensors_file import read_tensors
+from edgeadapt.adapters.torch_file import read_torch_tensors
+from edgeadapt.errors import AdapterError
+
+HEAD_CONFIG = "head_config.json"
+TENSORS = ("adapter.safetensors", "pytorch_adapter.bin")
+HEAD_TENSORS = ("model_head.safetensors", "pytorch_model_head.bin")
+CONTAINERS = ("adapters", "loras", "shared_parameters", "invertible_adapters")
+"""Where a model keeps its adapters by name, as far as the kinds of adapter that are read have any."""
+
+_OTHERS = {
+    "adapter_setup.json": "a composition of adapters (Stack, Fuse, Parallel, ...)",
+    "adapter_fusion_config.json": "a fusion of adapters",
+    "adapter_interface.json": "an adapter of a model that the library knows through a plugin alone",
+    "embedding.pt": "embeddings of its own",
+}
+_TOP = frozenset({"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"})
+_REASONS = {
+    "prefix_tuning": "its prefixes are keys and values of every layer, which the graphs do not take yet",
+    "prompt_tuning": "its prompt is put before the embeddings, which the graphs do not take yet",
+    "reft": "it changes the first and last positions only, which the graphs do not do yet",
+    "union": "it holds several methods at once (MAM, UniPELT), whose parts are not read yet",
+    "mtl_lora": "it holds several tasks, of which one is chosen for each input",
+}
+_TASKS = {
+    "classification": "SEQ_CLS",
+    "multilabel_classification": "SEQ_CLS",
+    "ForSequenceClassification": "SEQ_CLS",
+    "tagging": "TOKEN_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "question_answering": "QUESTION_ANS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "causal_lm": "CAUSAL_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+def holds(folder: Path) -> bool:
+    """Tell whether `folder` has a config of AdapterHub's shape."""
+    try:
+        config = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and "peft_type" not in config and {"config", "model_type"} <= config.keys()
+
+
+def read(name: str, folder: Path, root: Path) -> Adapter:
+    """Return the adapter in `folder`; see `edgeadapt.adapters.read`."""
+    _refuse_others(folder, root)
+    config, head = read_config(folder), _head_config(folder)
+    file = folder / CONFIG
+    try:
+        _check_shape(config)
+        kind, kind_name = _kind_of(config)
+        warnings: list[str] = list(kind.check(config))
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error.message}", hint=error.hint) from error
+    unused = sorted(config.keys() - _TOP)
+    warnings += [f"{CONFIG}: {key} is not used (the library does not use it either)" for key in unused]
+    tensors = _without_name(_read_file(folder, TENSORS), config["name"])
+    if head is not None:
+        of_head = _head_tensors(_read_file(folder, HEAD_TENSORS), head)
+        tensors |= of_head
+        config = {**config, "head": head, **_head_facts(head, of_head)}
+    base, more = _base(config, folder, root)
+    adapter = Adapter(name, folder, kind_name, "adapterhub", config, tensors, base)
+    return Adapter(
+        *(name, folder, kind_name, "adapterhub", config, tensors, base),
+        warnings=(*warnings, *more, *kind.check_tensors(adapter)),
+    )
+
+
+def _refuse_others(folder: Path, root: Path) -> None:
+    for name, what in _OTHERS.items():
+        for place in (folder, root):
+            if (place / name).is_file():
+                raise AdapterError(
+                    f"{place / name} says that this is {what}, which edgeadapt does not read yet",
+                    hint="save one adapter alone with save_adapter, or give a copy of its folder without that file",
+                )
+
+
+def _check_shape(config: Mapping[str, Any]) -> None:
+    """Check the fields that every method's config has."""
+    settings = config.get("config")
+    if not isinstance(settings, Mapping):
+        raise AdapterError(f"config is {settings!r}, not a table of settings", hint="save the adapter again")
+    if not isinstance(config.get("name"), str) or not re.fullmatch(r"[^.]+", config["name"]):
+        raise AdapterError(f"name is {config.get('name')!r}, which no adapter can have", hint="save the adapter again")
+    version = config.get("version", "")
+    if not isinstance(version, str) or not re.fullmatch(r"(adapters\.\d[\w.+]*|\d[\w.+]*)?", version):
+        raise AdapterError(
+            f"version is {version!r}; only what AdapterHub's own libraries saved is read", hint="save the adapter again"
+        )
+
+
+def _kind_of(config: Mapping[str, Any]) -> tuple[ModuleType, str]:
+    found = kind_of("adapterhub", config)
+    if found is None:
+        method = config["config"].get("architecture")
+        reason = _REASONS.get(str(method), "no such method is known here")
+        raise AdapterError(
+            f"architecture {method!r} is not supported: {reason}",
+            hint=f"known kinds of adapter: {', '.join(known_kinds())}",
+        )
+    return found
+
+
+def _head_config(folder: Path) -> dict[str, Any] | None:
+    """Return head_config.json, None if no head was saved.
+
+    Raises:
+        AdapterError: it is damaged, or a head's tensors are there without it.
+    """
+    file = folder / HEAD_CONFIG
+    if not file.is_file():
+        for name in HEAD_TENSORS:
+            if (folder / name).is_file():
+                raise AdapterError(f"{folder} has {name} but no {HEAD_CONFIG}", hint="copy it from where it was saved")
+        return None
+    try:
+        head = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is not JSON: {error}", hint="copy or download the adapter again") from error
+    if not isinstance(head, dict) or not isinstance(head.get("config") or {}, dict):
+        raise AdapterError(f"{file} is not a head's config", hint="copy or download the adapter again")
+    return head
+
+
+def _read_file(folder: Path, names: tuple[str, str]) -> dict[str, TensorRef]:
+    """Return the tensors of the safetensors file, or of the one that torch saved where there is no other."""
+    safe, pickle = (folder / name for name in names)
+    if safe.is_file():
+        return read_tensors(safe)
+    if pickle.is_file():
+        return read_torch_tensors(pickle)
+    raise AdapterError(f"{folder} has neither {names[0]} nor {names[1]}", hint="copy the file from where it was saved")
+
+
+def _without_name(tensors: Mapping[str, TensorRef], name: str) -> dict[str, TensorRef]:
+    """Return the tensors keyed without the adapter's name: "bert.encoder.layer.0.output.adapters.adapter_up.weight".
+
+    Raises:
+        AdapterError: a key does not hold the name behind a container of adapters.
+    """
+    pattern = re.compile(rf"((?:.+\.)?(?:{'|'.join(CONTAINERS)}))\.{re.escape(name)}\.(.+)")
+    found: dict[str, TensorRef] = {}
+    for key, tensor in tensors.items():
+        match = pattern.fullmatch(key)
+        if match is None or f"{match[1]}.{match[2]}" in found:
+            raise AdapterError(
+                f"tensor {key!r} in {tensor.file} is not one of adapter {name!r}",
+                hint=f"the file and {CONFIG} do not belong together, or the adapter's name is part of another's: save "
+                "it again under another name",
+            )
+        found[f"{match[1]}.{match[2]}"] = tensor
+    return found
+
+
+def _head_tensors(tensors: Mapping[str, TensorRef], head: Mapping[str, Any]) -> dict[str, TensorRef]:
+    prefix = f"heads.{head.get('name')}."
+    return {re.sub(rf"^{re.escape(prefix)}", "heads.", key): tensor for key, tensor in tensors.items()}
+
+
+def _head_facts(head: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> dict[str, Any]:
+    """Return what a head says of the task, in the words of peft's configs, which `inspect` reads."""
+    kind = (head.get("config") or {}).get("head_type")
+    cls = str(head.get("model_class", ""))
+    task = _TASKS.get(str(kind)) or next((task for end, task in _TASKS.items() if cls.endswith(end)), None)
+    return {"task_type": task, "modules_to_save": sorted({key.rpartition(".")[0] for key in tensors})}
+
+
+def _base(config: Mapping[str, Any], folder: Path, root: Path) -> tuple[BaseReference, list[str]]:
+    name = config.get("model_name")
+    found = find_fingerprint(folder, root, name if isinstance(name, str) and name else None, None)
+    if found.fingerprint is not None:
+        return found, []
+    warnings = [f"no {FINGERPRINT}: only the base's module names and shapes can be checked"]
+    if found.name is None:
+        warnings.append("model_name is empty: the adapter does not say which base it was trained on")
+    return found, warnings

@@ -1,0 +1,145 @@
+"""What an adapter of AdapterHub really computes: the library's own forward on a copy of the base."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgeadapt.adapters.adapter import Adapter
+from edgeadapt.adapters.hub_heads import resolve_head
+from edgeadapt.errors import MergeError
+from edgeadapt.merging.base_model import BaseModel
+from edgeadapt.merging.graft import follow_rows, owner_of, set_parameter, share
+from edgeadapt.merging.quiet import quiet
+
+# The library writes the adapter's name into parameters' names and looks for it anywhere in them.
+_NAME = "edgeadaptreference"
+_SHOWN = 5
+_HINT = "the adapter's files do not belong together, or not to this base; save it again with save_adapter"
+
+
+def hub_module(base: BaseModel, adapter: Adapter) -> nn.Module:
+    """Return a copy of the base's module (over the same weights) with the adapter active, in eval mode.
+
+    The head, which is the base's own with other numbers, is put in by hand: the library loads only a head that a model
+    of the same class saved, and passes over any other in silence.
+
+    Raises:
+        MergeError: if the library is missing, does not know the base, or did not load the adapter completely.
+    """
+    library = _library()
+    module = share(base.module)
+    with quiet(), _calm():
+        try:
+            library.init(module)
+            path = str(adapter.path)
+            safe = (Path(adapter.path) / "adapter.safetensors").is_file()
+            options = {"with_head": False} if _has_heads(module) else {}
+            model: Any = module
+            _add_without_depth(model, adapter)
+            model.load_adapter(path, load_as=_NAME, set_active=True, use_safetensors=safe, **options)
+            model.set_active_adapters(_NAME)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise MergeError(
+                f"the library adapters cannot run adapter {adapter.name!r} on this base: {type(error).__name__}: "
+                f"{reason}",
+                hint="give the base that the adapter was trained on; `edgeadapt inspect` shows what the adapter wants",
+            ) from error
+    head = {key for key in adapter.tensors if _is_of_head(adapter, key)}
+    _set_head(module, base, adapter, head)
+    _prove_loaded(module, base, adapter, head)
+    module.eval().requires_grad_(requires_grad=False)
+    return module
+
+
+def _library() -> Any:
+    try:
+        import adapters
+    except ImportError as error:
+        raise MergeError(
+            "an adapter of AdapterHub is compared with the library that saved it, which is not installed: adapters",
+            hint="pip install 'edgeadapt[adapterhub]'",
+        ) from error
+    return adapters
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """Keep the library from logging what is checked here."""
+    logger = logging.getLogger("adapters")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _has_heads(module: nn.Module) -> bool:
+    """Tell whether the library sees a model with a head: only then `load_adapter` knows of one."""
+    from adapters import ModelWithHeadsAdaptersMixin
+
+    return isinstance(module, ModelWithHeadsAdaptersMixin)
+
+
+def _is_of_head(adapter: Adapter, key: str) -> bool:
+    saved = adapter.config.get("modules_to_save", ())
+    return key.rpartition(".")[0] in saved
+
+
+def _add_without_depth(model: Any, adapter: Adapter) -> None:
+    """Make room for an adapter that was trained with stochastic depth, without that.
+
+    It does nothing after training, and the library would ask for torchvision.
+    """
+    settings = adapter.config["config"]
+    if settings.get("stochastic_depth"):
+        from adapters import AdapterConfig
+
+        model.add_adapter(_NAME, config=AdapterConfig.load({**settings, "stochastic_depth": 0.0}))
+
+
+def _set_head(module: nn.Module, base: BaseModel, adapter: Adapter, keys: set[str]) -> None:
+    tensors = {key: adapter.tensors[key] for key in keys}
+    for name, value in resolve_head(adapter, tensors, base.modules, base.name).items():
+        owner, attribute = owner_of(module, name)
+        old = owner._parameters[attribute]  # noqa: SLF001
+        assert old is not None
+        follow_rows(module, int(old.shape[0]), int(value.shape[0]))
+        set_parameter(owner, attribute, torch.from_numpy(np.array(value)))
+
+
+def _prove_loaded(module: nn.Module, base: BaseModel, adapter: Adapter, head: set[str]) -> None:
+    """Check that every tensor of the file is in the model, with its value, and that no tensor is still fresh."""
+    prefix = str(getattr(base.module, "base_model_prefix", "")) + "."
+    state = {
+        name.replace(f".{_NAME}", "").removeprefix(prefix): value
+        for name, value in module.state_dict().items()
+        if f".{_NAME}." in name
+    }
+    saved = {key.removeprefix(prefix): tensor for key, tensor in adapter.tensors.items() if key not in head}
+    absent, fresh = sorted(saved.keys() - state.keys()), sorted(state.keys() - saved.keys())
+    wrong = [
+        key
+        for key in sorted(saved.keys() & state.keys())
+        if not np.array_equal(state[key].detach().to(torch.float32).numpy(), saved[key].read())
+    ]
+    for names, problem in ((absent, "were not loaded"), (fresh, "are not in its file"), (wrong, "have other values")):
+        if names:
+            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+            raise MergeError(
+                f"the library's copy of adapter {adapter.name!r} is not the saved one: {len(names)} tensors {problem}: "
+                f"{', '.join(names[:_SHOWN])}{more}",
+                hint=_HINT,
+            )

@@ -1,0 +1,233 @@
+"""What is read from AdapterHub's folders, and what is refused with which words; no file of them runs anything."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import adapters
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from edgeadapt.adapters import describe, read_adapters
+from edgeadapt.adapters.torch_file import read_torch_tensors
+from edgeadapt.errors import AdapterError
+
+SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+UP = "bert.encoder.layer.0.output.adapters.adapter_up.weight"
+
+
+def save(folder: Path, config: Any, *, safe: bool = True, name: str = "task") -> Path:
+    torch.manual_seed(0)
+    logging.getLogger("adapters").setLevel(logging.CRITICAL)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+    adapters.init(model)
+    model.add_adapter(name, config=config)
+    model.save_adapter(str(folder), name, use_safetensors=safe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    root = tmp_path_factory.mktemp("hub")
+    return {safe: save(root / f"{safe}", adapters.SeqBnConfig(reduction_factor=4), safe=safe) for safe in (True, False)}
+
+
+@pytest.fixture
+def folder(originals: dict[bool, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals[True], tmp_path / "mine"))
+
+
+@pytest.fixture
+def pickled(originals: dict[bool, Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(originals[False], tmp_path / "pickled"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object], file: str = "adapter_config.json") -> None:
+    content = json.loads((folder / file).read_text())
+    change(content)
+    (folder / file).write_text(json.dumps(content))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(AdapterError) as caught:
+        read_adapters(folder)
+    return caught.value.message.replace(f"{folder}", "FOLDER")
+
+
+def test_a_folder_is_read_without_the_adapter_s_name(folder: Path, pickled: Path) -> None:
+    (adapter,) = read_adapters(folder)
+    assert (adapter.name, adapter.kind, adapter.layout) == ("mine", "bottleneck", "adapterhub")
+    assert UP in adapter.tensors
+    assert "classifier.weight" in adapter.tensors
+    described = describe(adapter)
+    assert (described["task"], described["labels"]) == ("text-classification", 2)
+    assert described["width"] == {"min": 4, "max": 4, "places": {"4": 2}}
+    assert described["merge"]["exact"] is False
+    (other,) = read_adapters(pickled)
+    assert sorted(other.tensors) == sorted(adapter.tensors)
+    saved = torch.load(pickled / "pytorch_adapter.bin", weights_only=True)
+    for key, tensor in saved.items():
+        np.testing.assert_array_equal(other.tensors[key.replace(".task.", ".")].read(), tensor.numpy())
+
+
+CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "unknown": (lambda c: c["config"].update(magic=1), "magic is 1, a setting that edgeadapt does not know"),
+    "invertible": (
+        lambda c: c["config"].update(inv_adapter="nice"),
+        "inv_adapter is 'nice': an invertible adapter after the embeddings (MAD-X), which the graphs do not have yet",
+    ),
+    "gates": (
+        lambda c: c["config"].update(use_gating=True),
+        "use_gating is True: gates that are averaged over the tokens (UniPELT), which the graphs do not have yet",
+    ),
+    "activation": (
+        lambda c: c["config"].update(non_linearity="mish"),
+        "non_linearity is 'mish', which is not supported",
+    ),
+    "residual": (
+        lambda c: c["config"].update(original_ln_after=False),
+        (
+            "original_ln_before is True, original_ln_after False, residual_before_ln True and is_parallel False: "
+            "together they lose the base's own residual, or add it twice"
+        ),
+    ),
+    "scaling": (
+        lambda c: c["config"].update(scaling="warm"),
+        "scaling is 'warm', not a number, 'learned' or 'channel'",
+    ),
+    "nowhere": (
+        lambda c: c["config"].update(output_adapter=False),
+        "mh_adapter and output_adapter are both false: the adapter has no place",
+    ),
+    "factor": (
+        lambda c: c["config"].update(reduction_factor=0),
+        "reduction_factor is 0, not a number above 0, or a table of them",
+    ),
+    "prefix": (
+        lambda c: c["config"].update(architecture="prefix_tuning"),
+        (
+            "architecture 'prefix_tuning' is not supported: its prefixes are keys and values of every layer, which the "
+            "graphs do not take yet"
+        ),
+    ),
+    "reft": (
+        lambda c: c["config"].update(architecture="reft"),
+        (
+            "architecture 'reft' is not supported: it changes the first and last positions only, which the graphs do "
+            "not do yet"
+        ),
+    ),
+    "union": (
+        lambda c: c.update(config={"architecture": "union", "configs": []}),
+        (
+            "architecture 'union' is not supported: it holds several methods at once (MAM, UniPELT), whose parts are "
+            "not read yet"
+        ),
+    ),
+    "text": (lambda c: c.update(config="pfeiffer"), "config is 'pfeiffer', not a table of settings"),
+    "name": (lambda c: c.update(name="a.b"), "name is 'a.b', which no adapter can have"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_settings_that_mean_something_else_are_refused(change: str, folder: Path) -> None:
+    how, message = CHANGES[change]
+    edit(folder, how)
+    assert refusal(folder) == f"FOLDER/adapter_config.json: {message}"
+
+
+def test_another_name_in_the_file_is_refused(folder: Path) -> None:
+    edit(folder, lambda config: config.update(name="tas"))
+    assert refusal(folder) == (
+        "tensor 'bert.encoder.layer.0.output.adapters.task.adapter_down.0.bias' in FOLDER/adapter.safetensors is not "
+        "one of adapter 'tas'"
+    )
+
+
+def test_a_tensor_too_many_or_too_few_is_refused(folder: Path) -> None:
+    edit(folder, lambda config: config["config"].update(scaling="channel"))
+    assert refusal(folder) == (
+        "tensor 'bert.encoder.layer.0.output.adapters.scaling' is missing in FOLDER/adapter.safetensors"
+    )
+    edit(folder, lambda config: config["config"].update(scaling=1.0, phm_layer=True))
+    assert refusal(folder) == (
+        "tensor 'bert.encoder.layer.0.output.adapters.adapter_down.0.W_left' is missing in FOLDER/adapter.safetensors"
+    )
+
+
+def test_compositions_are_refused(folder: Path) -> None:
+    (folder / "adapter_setup.json").write_text("{}")
+    assert refusal(folder) == (
+        "FOLDER/adapter_setup.json says that this is a composition of adapters (Stack, Fuse, Parallel, ...), which "
+        "edgeadapt does not read yet"
+    )
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (__import__, ("this_would_run",))
+
+
+def _archive(file: Path, table: bytes) -> Path:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", table)
+    return file
+
+
+def _damaged(pickled: Path) -> Iterator[tuple[str, str]]:
+    file = pickled / "pytorch_adapter.bin"
+    whole = file.read_bytes()
+    _archive(file, pickle.dumps({"a": Evil()}, protocol=2))
+    yield "names __builtin__.__import__", refusal(pickled)
+    _archive(file, pickle.dumps({"a": [1, 2]}, protocol=2))
+    yield "holds the instruction EMPTY_LIST", refusal(pickled)
+    _archive(file, pickle.dumps({"a": 1}, protocol=2))
+    yield "holds a int at 'a'", refusal(pickled)
+    _archive(file, pickle.dumps({"a": 1}, protocol=4))
+    yield "is of protocol 4, torch.save writes 2", refusal(pickled)
+    _archive(file, pickle.dumps({"a": 1}, protocol=2)[:-3])
+    yield "has a damaged table of tensors", refusal(pickled)
+    file.write_bytes(whole[: len(whole) // 2])
+    yield "is truncated, damaged, or was saved by a torch older than 1.6", refusal(pickled)
+    file.write_bytes(pickle.dumps({"a": Evil()}))
+    yield "is truncated, damaged, or was saved by a torch older than 1.6", refusal(pickled)
+
+
+def test_a_pickle_runs_nothing(pickled: Path) -> None:
+    for expected, found in _damaged(pickled):
+        assert expected in found
+
+
+def test_a_view_beyond_its_storage_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.bin"
+    torch.save({"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}, file)
+    tensors = read_torch_tensors(file)
+    np.testing.assert_array_equal(tensors["a"].read(), np.arange(6.0).reshape(2, 3).T)
+    np.testing.assert_array_equal(tensors["b"].read(), np.ones(2))
+    with zipfile.ZipFile(file) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data[:-4] if name.endswith("data/0") else data)
+    with pytest.raises(AdapterError) as caught:
+        read_torch_tensors(file)
+    assert caught.value.message == f"tensor 'a' in {file} needs 24 bytes, the file has 20"
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.bin"
+    torch.save({"a": torch.tensor([[1.0, float("nan")]])}, file)
+    with pytest.raises(AdapterError) as caught:
+        read_torch_tensors(file)["a"].read()
+    assert caught.value.message == (
+        f"tensor 'a' in {file} holds values that are not finite: 1 of 2, the first at [0, 1]"
+    )
