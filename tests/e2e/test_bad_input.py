@@ -15,6 +15,7 @@ import transformers
 from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
 
+from edgeadapt.adapters.kind import known_kinds
 from edgeadapt.files import canonical_json
 from tests.e2e.conftest import Exported, Invoke, Tiny, content
 from tests.e2e.tiny import DECODER, save_adapter
@@ -195,10 +196,10 @@ def test_an_adapter_with_nan(refused: Refused, llama: Tiny, alter: Alter, tmp_pa
 
 
 def test_an_adapter_of_another_kind(refused: Refused, llama: Tiny, alter: Alter, tmp_path: Path) -> None:
-    folder = alter(config={"peft_type": "FOURIERFT"})
+    folder = alter(config={"peft_type": "TELEPATHY"})
     assert refused("export", folder, "--base", llama.base, "-o", tmp_path / "out.bundle") == said(
-        f"{folder / 'adapter_config.json'}: peft_type 'FOURIERFT' is not supported",
-        "known kinds of adapter: lora; peft's save_as_lora converts some other kinds to lora",
+        f"{folder / 'adapter_config.json'}: peft_type 'TELEPATHY' is not supported",
+        f"known kinds of adapter: {', '.join(known_kinds())}; peft's save_as_lora converts some other kinds to lora",
     )
     shutil.rmtree(folder)
     folder = alter(config={"use_qalora": True})
