@@ -23,6 +23,8 @@ REFERENCE = "edgeadapt_reference"
 """The name under which an adapter is loaded into peft."""
 _PREFIX = "base_model.model."
 _NAMES_SHOWN = 5
+# The layouts whose adapters peft computes: its own, and LoRA under other names.
+_RUN_BY_PEFT = ("peft", "mlx")
 # These leave the base as it is; every other initialization ("pissa", "olora", ...) may rewrite its weights in place.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 
@@ -76,15 +78,13 @@ def adapted_module(base: BaseModel, adapter: Adapter) -> nn.Module:
         from edgeadapt.merging.adapterhub import hub_module
 
         return hub_module(base, adapter)
-    if adapter.layout != "peft":
+    if adapter.layout not in _RUN_BY_PEFT:
         raise MergeError(
             f"adapter {adapter.name!r} is in the layout {adapter.layout!r}, whose library cannot be run here",
             hint="only adapters saved by peft or AdapterHub have a reference",
         )
-    from peft import PeftConfig
-
     with quiet():
-        config = _from_library(adapter, "read", lambda: PeftConfig.from_pretrained(str(adapter.path)))
+        config = _from_library(adapter, "read", lambda: _peft_config(adapter))
         module = _own_weights(base) if _rewrites_base(config) else share(base.module)
         _own_saved_parameters(module, adapter)
         load = load_virtual_tokens if config.is_prompt_learning else _load
@@ -94,6 +94,15 @@ def adapted_module(base: BaseModel, adapter: Adapter) -> nn.Module:
     model.eval().requires_grad_(requires_grad=False)
     inner: nn.Module = model if config.is_prompt_learning else model.base_model
     return inner
+
+
+def _peft_config(adapter: Adapter) -> Any:
+    """Return peft's config of an adapter: as saved, or as read where another library saved it."""
+    from peft import LoraConfig, PeftConfig
+
+    if adapter.layout == "peft":
+        return PeftConfig.from_pretrained(str(adapter.path))
+    return LoraConfig(**{key: value for key, value in adapter.config.items() if key != "peft_type"})
 
 
 def model_outputs(base: BaseModel, module: nn.Module, case: Mapping[str, torch.Tensor]) -> dict[str, Array]:

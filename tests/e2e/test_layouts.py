@@ -1,0 +1,105 @@
+"""LoRA as other libraries save it: written from peft's files of known values, exported, and compared with peft."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from peft import LoraConfig
+from safetensors.numpy import load_file, save_file
+
+from edgeadapt.addition import verify_bundle
+from edgeadapt.pipeline import export_bundle
+from edgeadapt.recipe import Recipe
+from edgeadapt.runtime import open_session
+from tests.e2e.conftest import Tiny
+from tests.e2e.reference import base_model, case, error, forward, with_peft
+from tests.e2e.tiny import LLAMA, save_adapter
+
+TOLERANCE = 1e-4
+SMALLEST_EFFECT = 1e-2
+RANK, ALPHA = 4, 6
+
+
+def mlx(peft: Path, folder: Path) -> Path:
+    """Write what `mlx_lm.lora` writes: its factors are peft's, transposed, and its scale is alpha / r."""
+    config, tensors = json.loads((peft / "adapter_config.json").read_text()), {}
+    for key, value in load_file(peft / "adapter_model.safetensors").items():
+        module, part = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
+        name = {"A.weight": "lora_a", "B.weight": "lora_b", "magnitude_vector": "m"}[part]
+        tensors[f"{module}.{name}"] = np.ascontiguousarray(value.T)
+    folder.mkdir()
+    save_file(tensors, folder / "adapters.safetensors")
+    keys = sorted({".".join(key.split(".")[3:-1]) for key in tensors})
+    mine = {
+        "batch_size": 4,
+        "fine_tune_type": "dora" if config["use_dora"] else "lora",
+        "iters": 1000,
+        "lora_parameters": {"dropout": 0.0, "keys": keys, "rank": RANK, "scale": ALPHA / RANK},
+        "model": "some/base",
+        "num_layers": -1,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(mine))
+    return folder
+
+
+Write = Callable[[Path, Path], Path]
+LAYOUTS: dict[str, tuple[Write, dict[str, Any]]] = {
+    "mlx": (mlx, {}),
+    "mlx-dora": (mlx, {"use_dora": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def written(tiny: Callable[[str], Tiny], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Return peft's folder and the other library's, by layout."""
+    base, found = tiny("llama").base, {}
+    for name, (write, options) in LAYOUTS.items():
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LLAMA, **options)
+        root = tmp_path_factory.mktemp(name)
+        peft = save_adapter(base_model("llama", base), config, root / "peft")
+        found[name] = peft, write(peft, root / name)
+    return found
+
+
+def test_every_layout_equals_peft(
+    written: dict[str, tuple[Path, Path]], tiny: Callable[[str], Tiny], tmp_path: Path
+) -> None:
+    base, inputs = tiny("llama").base, case("llama")
+    output = tmp_path / "out.bundle"
+    export_bundle(Recipe(tuple(mine for _, mine in written.values()), str(base), output, quantize="none"))
+    plain = forward(base_model("llama", base), inputs)
+    with open_session(output) as session:
+        for name, (peft, _) in written.items():
+            session.use(name)
+            expected = with_peft("llama", base, peft, inputs)
+            assert error(expected, plain, inputs) >= SMALLEST_EFFECT, name
+            assert error(expected, session.run(inputs)["logits"], inputs) <= TOLERANCE, name
+    assert verify_bundle(output) == []
+
+
+def test_added_without_torch(
+    written: dict[str, tuple[Path, Path]], tiny: Callable[[str], Tiny], tmp_path: Path
+) -> None:
+    model, inputs = tiny("llama"), case("llama")
+    output = tmp_path / "out.bundle"
+    export_bundle(Recipe((model.adapters[0],), str(model.base), output, quantize="none"))
+    names = [name for name, (_, options) in LAYOUTS.items() if not options]
+    code = (
+        "import sys\nfrom edgeadapt.addition import add_adapter\n"
+        "for folder in sys.argv[2:]:\n    add_adapter(sys.argv[1], folder)\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    folders = [str(written[name][1]) for name in names]
+    subprocess.run([sys.executable, "-c", code, str(output), *folders], check=True, timeout=120)
+    with open_session(output) as session:
+        for name in names:
+            session.use(name)
+            expected = with_peft("llama", model.base, written[name][0], inputs)
+            assert error(expected, session.run(inputs)["logits"], inputs) <= TOLERANCE
