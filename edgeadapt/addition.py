@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from edgeadapt import bundle as bundles
 from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule
 from edgeadapt.adapters.labels import read_labels
+from edgeadapt.adapters.layouts.gguf import rows_in_order
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.base import base_fingerprint, target_modules
@@ -73,6 +74,7 @@ def add_adapter(
             raise BundleError(
                 f"{opened.path} already has an adapter {found.name!r}", hint="choose another --name, or pass --force"
             )
+        found = rows_in_order(found, (manifest.generation or {}).get("cache_head_dim"))
         modules, library = (target_modules(manifest), None) if base is None else _at_work(base, manifest)
         resolved = resolve(found, modules, base_name=manifest.base.name, library=library)
         tensors = bundles.bind(resolved, manifest)
@@ -82,11 +84,14 @@ def add_adapter(
         golden = record_golden(session, found.name)
     with progress.stage("write"):
         changed = bundles.insert_adapter(opened, found.name, tensors, record, golden, replace=force)
-    if any(opened.has_patch(other) for other in opened.adapter_names):
-        progress.note(
-            f"{found.name} has no patch and cannot be promoted: only an export makes patches, from the float base"
-        )
+    tell_of_no_patch(opened, found.name, progress)
     return changed
+
+
+def tell_of_no_patch(bundle: Bundle, name: str, progress: Progress) -> None:
+    """Say that a new adapter has no patch, where others of the bundle have one."""
+    if any(bundle.has_patch(other) for other in bundle.adapter_names):
+        progress.note(f"{name} has no patch and cannot be promoted: only an export makes patches, from the float base")
 
 
 def remove_adapter(bundle: Bundle | Path | str, name: str, *, progress: Progress = SILENT) -> Bundle:

@@ -46,7 +46,15 @@ def _loaded(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["export", "--help"], ["run", "--help"], ["list", "devices"], ["list", "recipes"]]
+    "arguments",
+    [
+        ["--help"],
+        ["export", "--help"],
+        ["blend", "--help"],
+        ["run", "--help"],
+        ["list", "devices"],
+        ["list", "recipes"],
+    ],
 )
 def test_the_program_starts_light(arguments):
     code = f"sys.argv = ['edgeadapt', *{arguments}]; import edgeadapt.cli.app as app; app.main()"

@@ -66,6 +66,33 @@ class Pruning:
 
 
 @dataclass(frozen=True)
+class BlendPart:
+    """One adapter that a blend was made of: name, weight, and the SHA-256 of its file then."""
+
+    adapter: str
+    weight: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Of what and how an adapter was made in the bundle (see combine.py).
+
+    density, rank, seed: as in `combine.Settings`
+    error: of its products A B, as stored, against the exact weighted sum: relative, Frobenius norms over all modules
+    rank_error: what its ranks lose of the method's own result, relative to that
+    """
+
+    parts: tuple[BlendPart, ...]
+    method: str
+    density: float | None
+    rank: int | None
+    seed: int | None
+    error: float
+    rank_error: float
+
+
+@dataclass(frozen=True)
 class AdapterRecord:
     """One adapter in the bundle.
 
@@ -74,6 +101,7 @@ class AdapterRecord:
     labels: class names that go with its head, if any
     pruned: what was left out of it, or None
     prefix_tokens: how many virtual tokens every text begins with
+    blend: what it was made of, or None
     """
 
     kind: str
@@ -85,6 +113,7 @@ class AdapterRecord:
     labels: tuple[str, ...] = ()
     pruned: Pruning | None = None
     prefix_tokens: int = 0
+    blend: Blend | None = None
 
 
 @dataclass(frozen=True)

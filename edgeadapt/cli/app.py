@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import edgeadapt
-from edgeadapt.cli import add, export, inspect, interrupts, listing, output, profile, remove, run, verify
+from edgeadapt.cli import add, blend, export, inspect, interrupts, listing, output, profile, remove, run, verify
 from edgeadapt.errors import EdgeAdaptError
 
 # Top-level modules that come with an extra, by the extra's name.
@@ -79,6 +79,7 @@ def _edgeadapt(
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("add")(add.add)
+app.command("blend")(blend.blend)
 app.command("remove")(remove.remove)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)

@@ -34,11 +34,19 @@ def read_blend(text: str) -> dict[str, float]:
     """Return "A=0.7,B=0.3" as weights by adapter.
 
     Raises:
-        typer.BadParameter: if it is of another form, or a weight is no finite number.
+        typer.BadParameter: as `read_weights`.
     """
-    flag = "--blend"
+    return read_weights("--blend", text.split(","))
+
+
+def read_weights(flag: str, text: list[str]) -> dict[str, float]:
+    """Return "NAME=WEIGHT" texts as weights by adapter.
+
+    Raises:
+        typer.BadParameter: if one is of another form, a name occurs twice, or a weight is no finite number.
+    """
     weights: dict[str, float] = {}
-    for key, value in read_pairs(flag, text.split(","), "NAME=WEIGHT").items():
+    for key, value in read_pairs(flag, text, "NAME=WEIGHT").items():
         try:
             weight = float(value)
         except ValueError as error:

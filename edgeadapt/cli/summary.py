@@ -62,6 +62,7 @@ def _show_tables(path: str, summary: dict[str, Any]) -> None:
     )
     adapters = [
         {"adapter": name, **record, "labels": len(record["labels"]) or None, "pruned": _pruned(record["pruned"])}
+        | {"blend": _blended(record["blend"])}
         for name, record in summary["adapters"].items()
     ]
     output.table("Adapters", adapters)
@@ -92,6 +93,14 @@ def _pruned(cut: dict[str, Any] | None) -> str | None:
         return None
     ranks, sites = (f"{cut[key]} of {cut[key + '_before']} {key}" for key in ("ranks", "sites"))
     return f"{ranks}, {sites}, KL {cut['kl']:.2g}"
+
+
+def _blended(made: dict[str, Any] | None) -> str | None:
+    """Return what an adapter was made of, in a few words."""
+    if made is None:
+        return None
+    parts = ", ".join(f"{part['adapter']} {part['weight']:g}" for part in made["parts"])
+    return f"{made['method']} of {parts}; error {made['error']:.2g}"
 
 
 # The columns that people look at first.

@@ -32,6 +32,8 @@ def text(root):
         manifest.ParameterSlot,
         manifest.AdapterRecord,
         manifest.Pruning,
+        manifest.Blend,
+        manifest.BlendPart,
         manifest.FileRecord,
         adapter_json.AdapterJson,
         adapter_json.TensorRecord,
