@@ -11,7 +11,7 @@ from edgeadapt.files import require_free_space, staged_directory
 from edgeadapt.memory import give_back
 from edgeadapt.patching import variants_of
 from edgeadapt.pipeline.inputs import (
-    check_heads,
+    in_order_of,
     load_base,
     merge_adapter,
     named_adapters,
@@ -54,8 +54,8 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
             adapters = named_adapters(recipe)
         with progress.stage("load base"):
             base, given = load_base(recipe, adapters, base, progress), base is not None
+            adapters = in_order_of(base, adapters)
             resolved = resolve_all(recipe, base, adapters, progress)
-            check_heads(base, resolved)
             samples = read_samples(recipe, base)
             check_adapters(samples, [adapter.name for adapter in adapters])
             require_free_space(folder, needed_bytes(base))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter
 from edgeadapt.adapters.factor import dense_sites
 from edgeadapt.adapters.inspect import default_head_size, task_of
+from edgeadapt.adapters.layouts.gguf import rows_in_order
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.names import check_adapter_name
@@ -86,10 +87,24 @@ def load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | Non
     return dataclasses.replace(base, max_length=recipe.max_length)
 
 
+def in_order_of(base: BaseModel, adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return the adapters with their rows in the order of the base's; only GGUF has another."""
+    return [rows_in_order(adapter, _head_dim(base) if adapter.layout == "gguf" else None) for adapter in adapters]
+
+
+def _head_dim(base: BaseModel) -> int | None:
+    """Return the size of a decoder's attention heads, None where its config does not say it."""
+    config: Any = getattr(base.module, "config", None)
+    given, width, heads = (getattr(config, key, None) for key in ("head_dim", "hidden_size", "num_attention_heads"))
+    if isinstance(given, int):
+        return given
+    return width // heads if isinstance(width, int) and isinstance(heads, int) else None
+
+
 def resolve_all(
     recipe: Recipe, base: BaseModel, adapters: Sequence[Adapter], progress: Progress
 ) -> list[ResolvedAdapter]:
-    """Return the adapters as arrays at the base's modules; say which of them will cost as much beside it as itself."""
+    """Return the adapters as arrays at the base's modules, their heads checked; say which will cost as much as it."""
     resolved = [resolve_on(base, adapter) for adapter in adapters]
     for adapter in resolved:
         dense = dense_sites(adapter)
@@ -99,6 +114,7 @@ def resolve_all(
                 f"{len(adapter.sites)} modules ({dense[0]} first), so each token costs as much there again; --merge "
                 "takes that away, and so does promotion (--patches)"
             )
+    check_heads(base, resolved)
     return resolved
 
 

@@ -20,7 +20,7 @@ from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import open_session
 from tests.e2e.conftest import Tiny
 from tests.e2e.reference import base_model, case, error, forward, with_peft
-from tests.e2e.tiny import LLAMA, save_adapter
+from tests.e2e.tiny import DECODER, LLAMA, save_adapter
 
 TOLERANCE = 1e-4
 SMALLEST_EFFECT = 1e-2
@@ -49,8 +49,44 @@ def mlx(peft: Path, folder: Path) -> Path:
     return folder
 
 
+GGUF_NAMES = {
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+
+
+def gguf(peft: Path, folder: Path) -> Path:
+    """Write what llama.cpp's convert_lora_to_gguf.py writes for a Llama, with the library's own writer."""
+    import gguf as library
+
+    folder.mkdir()
+    writer = library.GGUFWriter(str(folder / "lora.gguf"), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(ALPHA))
+    for key, value in load_file(peft / "adapter_model.safetensors").items():
+        parts = key.removeprefix("base_model.model.model.layers.").split(".")
+        name, factor = GGUF_NAMES[parts[2]], parts[3].removeprefix("lora_").lower()
+        if factor == "b" and name in ("attn_q", "attn_k"):
+            heads = {"attn_q": DECODER["num_attention_heads"], "attn_k": DECODER["num_key_value_heads"]}[name]
+            shape = (heads, 2, value.shape[0] // heads // 2, value.shape[1])
+            value = np.ascontiguousarray(value.reshape(shape).swapaxes(1, 2).reshape(value.shape))  # noqa: PLW2901
+        writer.add_tensor(f"blk.{parts[0]}.{name}.weight.lora_{factor}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder
+
+
 Write = Callable[[Path, Path], Path]
 LAYOUTS: dict[str, tuple[Write, dict[str, Any]]] = {
+    "gguf": (gguf, {}),
     "mlx": (mlx, {}),
     "mlx-dora": (mlx, {"use_dora": True}),
 }

@@ -106,6 +106,11 @@ def resolve(
         AdapterError: a selected module has no tensors, a tensor has no use, or the base does not fit.
     """
     del library
+    if "interleaved_rows" in adapter.config:
+        raise AdapterError(
+            f"the rows of {len(adapter.config['interleaved_rows'])} modules are in GGUF's order, not the base's",
+            hint="put them in order first: edgeadapt.adapters.layouts.gguf.rows_in_order",
+        )
     return resolve_lora(adapter, modules, base_name)
 
 
