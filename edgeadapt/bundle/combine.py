@@ -114,7 +114,8 @@ def combine(
         advance: told of every slot that is done, and of their number.
 
     Raises:
-        BundleError: a weight is 0 or not finite, the method cannot combine something of an adapter, or as `blend`.
+        BundleError: a weight is 0 or not finite, the method cannot combine something of an adapter or leaves nothing
+            of them, or as `blend`.
     """
     _check(parts, manifest, settings.method)
     tensors: dict[str, Array] = {}
@@ -140,6 +141,11 @@ def combine(
             lost, total = lost + norms[0], total + norms[1]
             tensors = _with_pair(tensors, slot, pair, parts)
         advance(index + 1, len(manifest.slots))
+    if not tensors:
+        raise BundleError(
+            f"nothing is left of the adapters: {settings.method} at density {settings.density} keeps no number",
+            hint="choose a larger --density",
+        )
     return dict(sorted(tensors.items())), math.sqrt(lost / total) if total else 0.0
 
 

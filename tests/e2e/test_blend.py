@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -131,6 +133,16 @@ def test_the_same_command_gives_the_same_bytes(invoke: Invoke, bundle: Path, tmp
     assert content(other / "adapters" / "new") == before
     assert invoke("blend", other, *command, 4, "--force", "--quiet").exit_code == 0
     assert content(other / "adapters" / "new") != before
+
+
+def test_without_torch(bundle: Path) -> None:
+    code = (
+        "import sys\nfrom edgeadapt.blending import blend_adapters\n"
+        "blend_adapters(sys.argv[1], {'one': 1, 'two': 0.5}, name='new', method='ties')\n"
+        "assert not {'torch', 'transformers', 'peft', 'onnx'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(bundle)], check=True, timeout=120)
+    assert open_bundle(bundle).adapter_names == ("new", "one", "two")
 
 
 def test_heads_are_summed_too_and_int8_is_stored(invoke: Invoke, copied: Exported) -> None:

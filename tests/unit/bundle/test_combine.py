@@ -250,3 +250,11 @@ def test_linear_needs_equal_ranks(manifest, make_adapter):
         "linear adds A to A and B to B, but at module 'layer.q' the ranks differ: one 2, two 3\n"
         "Hint: use cat, which is exact for all ranks, or svd"
     )
+
+
+def test_a_density_that_keeps_nothing(products, one_slot):
+    with pytest.raises(BundleError) as caught:
+        combine(products, one_slot, settings_of("ties", density=0.001))
+    assert str(caught.value) == (
+        "nothing is left of the adapters: ties at density 0.001 keeps no number\nHint: choose a larger --density"
+    )
