@@ -14,6 +14,7 @@ from edgeadapt import bundle as bundles
 from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule
 from edgeadapt.adapters.labels import read_labels
 from edgeadapt.adapters.layouts.gguf import rows_in_order
+from edgeadapt.adapters.layouts.kohya import paths_of_base
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.base import base_fingerprint, target_modules
@@ -76,6 +77,7 @@ def add_adapter(
             )
         found = rows_in_order(found, (manifest.generation or {}).get("cache_head_dim"))
         modules, library = (target_modules(manifest), None) if base is None else _at_work(base, manifest)
+        found = paths_of_base(found, modules)
         resolved = resolve(found, modules, base_name=manifest.base.name, library=library)
         tensors = bundles.bind(resolved, manifest)
         record = adapter_record(found, resolved)

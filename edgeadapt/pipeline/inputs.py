@@ -12,6 +12,7 @@ from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter
 from edgeadapt.adapters.factor import dense_sites
 from edgeadapt.adapters.inspect import default_head_size, task_of
 from edgeadapt.adapters.layouts.gguf import rows_in_order
+from edgeadapt.adapters.layouts.kohya import paths_of_base
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.names import check_adapter_name
@@ -88,7 +89,8 @@ def load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | Non
 
 
 def in_order_of(base: BaseModel, adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Return the adapters with their rows in the order of the base's; only GGUF has another."""
+    """Return the adapters with rows and names as the base's; only GGUF has other rows, and kohya other names."""
+    adapters = [paths_of_base(adapter, base.modules) for adapter in adapters]
     return [rows_in_order(adapter, _head_dim(base) if adapter.layout == "gguf" else None) for adapter in adapters]
 
 

@@ -84,9 +84,23 @@ def gguf(peft: Path, folder: Path) -> Path:
     return folder
 
 
+def kohya(peft: Path, folder: Path) -> Path:
+    """Write what sd-scripts write: dots as underscores behind a prefix, and alpha as a tensor."""
+    tensors = {}
+    for key, value in load_file(peft / "adapter_model.safetensors").items():
+        module, part = key.removeprefix("base_model.model.").rsplit(".lora_", 1)
+        name = "lora_te_" + module.replace(".", "_")
+        tensors[f"{name}.{ {'A.weight': 'lora_down', 'B.weight': 'lora_up'}[part] }.weight"] = value
+        tensors[f"{name}.alpha"] = np.array(ALPHA, np.float32)
+    folder.mkdir()
+    save_file(tensors, folder / "last.safetensors", metadata={"ss_network_module": "networks.lora"})
+    return folder
+
+
 Write = Callable[[Path, Path], Path]
 LAYOUTS: dict[str, tuple[Write, dict[str, Any]]] = {
     "gguf": (gguf, {}),
+    "kohya": (kohya, {}),
     "mlx": (mlx, {}),
     "mlx-dora": (mlx, {"use_dora": True}),
 }
