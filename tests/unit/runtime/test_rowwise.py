@@ -10,7 +10,7 @@ from edgeadapt.errors import SessionError
 from edgeadapt.runtime import open_session
 from edgeadapt.runtime.groups import run_groups
 from edgeadapt.runtime.rowwise import RowAdapters, obstacle
-from edgeadapt.slots import Joined, ParameterSlot, Slot
+from edgeadapt.slots import BottleneckSlot, Joined, ParameterSlot, Slot
 
 SLOTS = (
     Slot("l", ("decoder",), "linear", 5, 4, {"a": "l.A", "b": "l.B", "gain": "l.g", "offset": "l.o"}),
@@ -21,6 +21,7 @@ MANIFEST = SimpleNamespace(
     slots=SLOTS,
     joined=(Joined("decoder", ("p", "q"), {"a": "p+q.A", "b": "p+q.B", "gain": "p+q.g"}),),
     parameters=(ParameterSlot("head.weight", ("decoder",), "head.weight", (3, 4)),),
+    bottlenecks=(BottleneckSlot("f", ("decoder",), "output", "relu", False, 4, {"down": "f.down", "up": "f.up"}),),
 )
 
 
@@ -107,6 +108,7 @@ def test_rows_from_any_place_on():
         ({"l.A", "e.A"}, set(), "module 'e' is of type 'embedding', which takes one adapter for all rows"),
         ({"k.B"}, set(), "module 'k' is of type 'conv2d', which takes one adapter for all rows"),
         ({"l.g", "head.weight"}, set(), "parameter 'head.weight' is replaced whole, for all rows at once"),
+        ({"l.A", "f.down", "f.up"}, set(), "a bottleneck beside module 'f' is one for all rows"),
         ({"p+q.A"}, {"p+q.A"}, "this bundle's graph takes one 'p+q.A' for all rows; another export may take more"),
     ],
 )
