@@ -244,7 +244,7 @@ def _at_work(base: str, manifest: Manifest) -> tuple[dict[str, TargetModule], Li
     Raises:
         BundleError: if it is not the base that the bundle was made from.
     """
-    from edgeadapt.merging.library import PeftLibrary
+    from edgeadapt.merging.libraries import Libraries
     from edgeadapt.merging.load import load_base_model
 
     loaded = load_base_model(base, task=manifest.task, revision=manifest.base.revision)
@@ -256,4 +256,4 @@ def _at_work(base: str, manifest: Manifest) -> tuple[dict[str, TargetModule], Li
             f"{len(other)} modules differ, {other[0] if other else 'in number'} first",
             hint="give the base that the bundle was exported from",
         )
-    return modules, PeftLibrary(loaded)
+    return modules, Libraries(loaded)

@@ -50,10 +50,20 @@ class BottleneckKind(NamedTuple):
     reads: str
     activation: str
     normalized: bool
+    stage: int = 0
+    fused: bool = False
 
     def prefix(self, site: str) -> str:
         """Return what the names of its inputs at a module begin with."""
-        return f"{site}.bottleneck.{self.reads}.{self.activation}{'.normalized' if self.normalized else ''}"
+        parts = [site, "bottleneck", self.reads, self.activation]
+        parts += ["normalized"] if self.normalized else []
+        parts += [f"stage{self.stage}"] if self.stage else []
+        return ".".join([*parts, "fused"] if self.fused else parts)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Its inputs."""
+        return FUSION_TERMS if self.fused else BOTTLENECK_TERMS
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,9 @@ class BottleneckSlot:
     site: the module to whose output it is added; graphs: roles of the graphs that hold it
     reads, activation, normalized: what the graph computes, which is not the adapter's to choose
     features: the length of the last axis of what it reads and gives
-    inputs: graph input per term: "down", "down_bias", "up", "up_bias"
+    inputs: graph input per term: "down", "down_bias", "up", "up_bias"; with "key" and "key_bias" if `fused`
+    stage: which bottlenecks see it: those of a later stage read the output with this one's change
+    fused: several bottlenecks, weighted by an attention over them (AdapterFusion)
     """
 
     site: str
@@ -73,14 +85,17 @@ class BottleneckSlot:
     normalized: bool
     features: int
     inputs: Mapping[str, str]
+    stage: int = 0
+    fused: bool = False
 
     @property
     def kind(self) -> BottleneckKind:
         """What makes two at one site different."""
-        return BottleneckKind(self.reads, self.activation, self.normalized)
+        return BottleneckKind(self.reads, self.activation, self.normalized, self.stage, self.fused)
 
 
 BOTTLENECK_TERMS = ("down", "down_bias", "up", "up_bias")
+FUSION_TERMS = (*BOTTLENECK_TERMS, "key", "key_bias")
 BOTTLENECK_READS = ("output", "residual", "sum", "norm")
 BOTTLENECK_ACTIVATIONS = (
     *("relu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid", "leaky_relu", "quick_gelu", "linear"),

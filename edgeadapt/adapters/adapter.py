@@ -22,6 +22,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeadapt.slots import BottleneckKind
+
 Array = NDArray[Any]
 ModuleType = Literal["linear", "conv1d", "conv2d", "embedding", "norm", "other"]
 
@@ -106,10 +108,13 @@ class Effective:
     """What a module of the base computes with an adapter inside: its weight and bias in effect.
 
     weight: float32 in torch's own layout; bias: float32[out], or None where there is none
+    low_rank: where it is known, A float32[in, rank] and B float32[rank, out] whose product is added to the weight
+        before the outputs are scaled
     """
 
     weight: Array
     bias: Array | None = None
+    low_rank: tuple[Array, Array] | None = None
 
 
 class Library(Protocol):
@@ -162,7 +167,14 @@ class Bottleneck:
     v is what it `reads`; f is the `activation`; n is v, or v less its mean and over its standard deviation where it is
     `normalized`. Scalings, and gain and offset of a norm of its own, are folded in.
 
+    Bottlenecks of one `stage` read the same y; those of the next read it with these added.
+
+    With a key it is an attention over n bottlenecks (AdapterFusion), whose arrays have a first axis more, and a second
+    for the tokens in biases: y' = y + sum over i of softmax(s)_i (h_i up_i + up_bias_i), with h_i = f(n(v) down_i +
+    down_bias_i) and the score s_i = [v, 1] . (h_i key_i + key_bias_i).
+
     down: float32[features, width]; down_bias: float32[width]; up: float32[width, features]; up_bias: float32[features]
+    key: float32[n, width, features + 1] or None; key_bias: float32[n, 1, features + 1] or None
     """
 
     site: str
@@ -173,11 +185,20 @@ class Bottleneck:
     down_bias: Array
     up: Array
     up_bias: Array
+    stage: int = 0
+    key: Array | None = None
+    key_bias: Array | None = None
 
     @property
     def arrays(self) -> tuple[Array, ...]:
-        """All that was trained."""
-        return self.down, self.down_bias, self.up, self.up_bias
+        """All that was trained, in the order of its kind's terms."""
+        keys = (self.key, self.key_bias)
+        return (self.down, self.down_bias, self.up, self.up_bias, *(key for key in keys if key is not None))
+
+    @property
+    def slot_kind(self) -> BottleneckKind:
+        """The kind of slot that it needs."""
+        return BottleneckKind(self.reads, self.activation, self.normalized, self.stage, self.key is not None)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ TOLERANCE = 1e-6
 """The largest error of a gain or a low rank, relative to the weight's largest value: what float32 sums leave anyway."""
 _SKETCH = 64  # ranks up to this are found without looking at all of the change
 _EPS = float(np.finfo(np.float32).eps)
+_NO_GAIN = 4 * _EPS
 Wide = NDArray[np.float64]
 
 
@@ -36,6 +37,8 @@ def factor(module: TargetModule, now: Effective) -> SiteUpdate | None:
     gain = _gain(old, new, largest)
     if gain is not None:
         return _update(gain=gain, offset=_offset(biases[1] - gain * biases[0], biases))
+    if now.low_rank is not None and (update := _known(old, new, now.low_rank, biases, largest)) is not None:
+        return update
     noise = 2 * _EPS * float(np.sqrt(np.mean(np.square(new, dtype=np.float64))))
     a, b = _product(change, changed, noise, TOLERANCE * largest)
     if module.type == "embedding" and module.output_scale is not None:
@@ -96,6 +99,19 @@ def _gain(old: Array, new: Array, largest: float) -> Wide | None:
     gain = np.einsum("io,io->o", wide, new.astype(np.float64)) / np.where(squares == 0, 1.0, squares)
     gain = np.where(squares == 0, 1.0, gain).astype(np.float32).astype(np.float64)
     return gain if np.abs(wide * gain - new).max() <= TOLERANCE * largest else None
+
+
+def _known(old: Array, new: Array, pair: tuple[Array, Array], biases: Wide, largest: float) -> SiteUpdate | None:
+    """Return the update whose A and B are known and whose gain is found, None if they do not give the weight."""
+    a, b = (factor.astype(np.float64) for factor in pair)
+    gain = _gain((old + a @ b).astype(np.float32), new, largest)
+    if gain is None:
+        return None
+    offset = _offset(biases[1] - gain * biases[0], biases)
+    if np.abs(gain - 1.0).max() <= _NO_GAIN:
+        gain = None
+    first, second = (np.ascontiguousarray(x, np.float32) for x in pair)
+    return SiteUpdate(first, second, _single(gain), _single(offset))
 
 
 def _product(change: Wide, changed: NDArray[np.bool_], noise: float, allowed: float) -> tuple[Wide, Wide]:

@@ -20,8 +20,8 @@ from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.merging.graft import follow_rows, owner_of, set_parameter, share
 from edgeadapt.merging.quiet import quiet
 
-# The library writes the adapter's name into parameters' names and looks for it anywhere in them.
-_NAME = "edgeadaptreference"
+NAME = "edgeadaptreference"
+"""The name under which an adapter is loaded. The library writes it into parameters' names."""
 _SHOWN = 5
 _HINT = "the adapter's files do not belong together, or not to this base; save it again with save_adapter"
 
@@ -45,8 +45,8 @@ def hub_module(base: BaseModel, adapter: Adapter) -> nn.Module:
             options = {"with_head": False} if _has_heads(module) else {}
             model: Any = module
             _add_without_depth(model, adapter)
-            model.load_adapter(path, load_as=_NAME, set_active=True, use_safetensors=safe, **options)
-            model.set_active_adapters(_NAME)
+            model.load_adapter(path, load_as=NAME, set_active=True, use_safetensors=safe, **options)
+            model.set_active_adapters(NAME)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MergeError(
@@ -59,6 +59,15 @@ def hub_module(base: BaseModel, adapter: Adapter) -> nn.Module:
     _prove_loaded(module, base, adapter, head)
     module.eval().requires_grad_(requires_grad=False)
     return module
+
+
+@contextlib.contextmanager
+def running(module: nn.Module) -> Iterator[None]:
+    """Let single layers of a copy from `hub_module` run outside of the model's own forward."""
+    from adapters import ForwardContext
+
+    with quiet(), _calm(), torch.no_grad(), ForwardContext(module, torch.zeros((1, 1), dtype=torch.int64)):
+        yield
 
 
 def _library() -> Any:
@@ -107,7 +116,7 @@ def _add_without_depth(model: Any, adapter: Adapter) -> None:
     if settings.get("stochastic_depth"):
         from adapters import AdapterConfig
 
-        model.add_adapter(_NAME, config=AdapterConfig.load({**settings, "stochastic_depth": 0.0}))
+        model.add_adapter(NAME, config=AdapterConfig.load({**settings, "stochastic_depth": 0.0}))
 
 
 def _set_head(module: nn.Module, base: BaseModel, adapter: Adapter, keys: set[str]) -> None:
@@ -124,9 +133,9 @@ def _prove_loaded(module: nn.Module, base: BaseModel, adapter: Adapter, head: se
     """Check that every tensor of the file is in the model, with its value, and that no tensor is still fresh."""
     prefix = str(getattr(base.module, "base_model_prefix", "")) + "."
     state = {
-        name.replace(f".{_NAME}", "").removeprefix(prefix): value
+        name.replace(f".{NAME}", "").removeprefix(prefix): value
         for name, value in module.state_dict().items()
-        if f".{_NAME}." in name
+        if f".{NAME}." in name
     }
     saved = {key.removeprefix(prefix): tensor for key, tensor in adapter.tensors.items() if key not in head}
     absent, fresh = sorted(saved.keys() - state.keys()), sorted(state.keys() - saved.keys())

@@ -46,7 +46,7 @@ def past_of(base: BaseModel, adapter: Adapter) -> tuple[tuple[Array, Array], ...
         layers = _run(base, model, adapter)
         expected = model(input_ids=probe, use_cache=False).logits
         mask = torch.ones((1, tokens + _PROBE_TOKENS), dtype=torch.int64)
-        found = base.module(input_ids=probe, attention_mask=mask, past_key_values=_cache(layers)).logits
+        found = base.module(input_ids=probe, attention_mask=mask, past_key_values=cache_of(layers)).logits
     error = float((found - expected).abs().max() / expected.abs().max())
     if not error <= TOLERANCE:
         raise MergeError(
@@ -85,7 +85,7 @@ def _run(base: BaseModel, model: Any, adapter: Adapter) -> Layers:
     prompt = model.get_prompt(1, task_ids=task, max_cache_len=tokens + _PROBE_TOKENS)
     if adapter.config["peft_type"] in CACHES:
         return [(_whole(key, tokens), _whole(value, tokens)) for key, value in _layers(prompt)]
-    return _layers(base.module(inputs_embeds=prompt, past_key_values=_cache([]), use_cache=True).past_key_values)
+    return _layers(base.module(inputs_embeds=prompt, past_key_values=cache_of([]), use_cache=True).past_key_values)
 
 
 def _whole(values: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -93,7 +93,8 @@ def _whole(values: torch.Tensor, tokens: int) -> torch.Tensor:
     return torch.nn.functional.pad(values, (0, 0, tokens - values.shape[2], 0))
 
 
-def _cache(layers: Layers) -> Any:
+def cache_of(layers: Layers) -> Any:
+    """Return a cache of transformers that begins with the given keys and values."""
     from transformers import DynamicCache
 
     cache = DynamicCache()  # without the config: layers with a sliding window keep all their tokens, masks do the rest

@@ -122,9 +122,9 @@ def resolve_all(
 
 def resolve_on(base: BaseModel, adapter: Adapter) -> ResolvedAdapter:
     """Return an adapter as arrays at the base's modules, its library at hand."""
-    from edgeadapt.merging.library import PeftLibrary
+    from edgeadapt.merging.libraries import Libraries
 
-    return resolve(adapter, base.modules, base_name=base.name, library=PeftLibrary(base))
+    return resolve(adapter, base.modules, base_name=base.name, library=Libraries(base))
 
 
 def check_heads(base: BaseModel, resolved: Sequence[ResolvedAdapter]) -> None:

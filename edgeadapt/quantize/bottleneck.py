@@ -1,4 +1,4 @@
-"""A bottleneck beside a module: the nodes of y' = y + f(n(v) down + down_bias) up + up_bias.
+"""A bottleneck beside a module: the nodes of y' = y + f(n(v) down + down_bias) up + up_bias, or of a fusion of some.
 
 What it reads is found in the graph: behind the marker of a module lies the sum with the residual, which the fusion of
 norms may have put into one node. So no model has to be traced in another way, and the plain graph stays as it is.
@@ -45,7 +45,9 @@ class Bottlenecks:
         y: ir.Value,
         modules: Mapping[str, TargetModule],
     ) -> ir.Value:
-        """Return `y`, what lies behind `marker` so far, with all bottlenecks of its module added; each reads y itself.
+        """Return `y`, what lies behind `marker` so far, with all bottlenecks of its module added.
+
+        Those of one stage read the same y.
 
         Raises:
             ExportError: if the graph lacks what a bottleneck reads.
@@ -61,38 +63,74 @@ class Bottlenecks:
             )
         self.found[site] = self._wanted[site]
         nodes: list[ir.Node] = []
-        result = y
-        for kind in sorted(self._wanted[site]):
-            v = _read(nodes, marker, y, kind.reads, site)
-            added = self._branch(nodes, v, kind, site, modules[site].out_features)
-            result = _append(nodes, "Add", [result, added])
+        for stage in sorted({kind.stage for kind in self._wanted[site]}):
+            result = y
+            for kind in sorted(kind for kind in self._wanted[site] if kind.stage == stage):
+                v = _read(nodes, marker, y, kind.reads, site)
+                added = self._branch(nodes, v, kind, site, modules[site].out_features)
+                result = _append(nodes, "Add", [result, added])
+            y = result
         graph.insert_before(marker, nodes)
-        return result
+        return y
 
     def _branch(self, nodes: list[ir.Node], v: ir.Value, kind: BottleneckKind, site: str, features: int) -> ir.Value:
-        down, down_bias, up, up_bias = self._terms(kind.prefix(site), features)
+        down, down_bias, up, up_bias, *keys = self._terms(kind, site, features)
+        query = v
         if kind.normalized:
             ones, zeros = (_constant(nodes, make(features, np.float32)) for make in (np.ones, np.zeros))
             v = _append(nodes, "LayerNormalization", [v, ones, zeros], axis=-1, epsilon=_EPSILON)
+        if kind.fused:
+            v = _append(nodes, "Unsqueeze", [v, _integers(nodes, 1)])
         narrow = _append(nodes, "Add", [_append(nodes, "MatMul", [v, down]), down_bias])
         narrow = _activate(nodes, narrow, kind.activation)
-        return _append(nodes, "Add", [_append(nodes, "MatMul", [narrow, up]), up_bias])
+        wide = _append(nodes, "Add", [_append(nodes, "MatMul", [narrow, up]), up_bias])
+        return _attend(nodes, query, narrow, wide, keys) if kind.fused else wide
 
-    def _terms(self, prefix: str, features: int) -> tuple[ir.Value, ...]:
-        """Return the four optional inputs; a width of 0 is the identity."""
+    def _terms(self, kind: BottleneckKind, site: str, features: int) -> tuple[ir.Value, ...]:
+        """Return its optional inputs; a width of 0 is the identity."""
+        prefix = kind.prefix(site)
         if prefix not in self._inputs:
-            width = f"{prefix}.width"
-            shapes: dict[str, tuple[list[int], list[int | str]]] = {
-                "down": ([features, 0], [features, width]),
-                "down_bias": ([0], [width]),
-                "up": ([0, features], [width, features]),
-                "up_bias": ([features], [features]),
-            }
+            sizes = {"width": 0, "parts": 1}
             self._inputs[prefix] = tuple(
-                self._add_input(f"{prefix}.{term}", np.zeros(default, np.float32), declared)
-                for term, (default, declared) in shapes.items()
+                self._add_input(
+                    f"{prefix}.{term}",
+                    np.zeros([sizes[axis] if isinstance(axis, str) else axis for axis in shape], np.float32),
+                    [f"{prefix}.{axis}" if isinstance(axis, str) else axis for axis in shape],
+                )
+                for term, shape in zip(kind.terms, _shapes(kind, features), strict=True)
             )
         return self._inputs[prefix]
+
+
+def _shapes(kind: BottleneckKind, features: int) -> list[list[int | str]]:
+    """Return the shapes of its terms with "width" and "parts" for those sizes."""
+    if not kind.fused:
+        return [[features, "width"], ["width"], ["width", features], [features]]
+    narrow: list[list[int | str]] = [["parts", features, "width"], ["parts", 1, "width"]]
+    wide: list[list[int | str]] = []
+    for size in (features, features + 1):
+        wide += [["parts", "width", size], ["parts", 1, size]]
+    return narrow + wide
+
+
+def _attend(
+    nodes: list[ir.Node], query: ir.Value, narrow: ir.Value, wide: ir.Value, keys: Sequence[ir.Value]
+) -> ir.Value:
+    """Return [batch, seq, features]: the parts' outputs [batch, n, seq, features], weighted by how they fit the query.
+
+    The query's own product and bias are in the keys, so it comes with a 1 behind it.
+    """
+    found = _append(nodes, "Add", [_append(nodes, "MatMul", [narrow, keys[0]]), keys[1]])
+    one = _constant(nodes, np.float32(1.0))
+    query = _append(nodes, "Pad", [query, _integers(nodes, 0, 1), one, _integers(nodes, -1)], mode="constant")
+    query = _append(nodes, "Unsqueeze", [query, _integers(nodes, 1)])
+    scores = _append(nodes, "ReduceSum", [_append(nodes, "Mul", [query, found]), _integers(nodes, -1)], keepdims=1)
+    weights = _append(nodes, "Softmax", [scores], axis=1)
+    return _append(nodes, "ReduceSum", [_append(nodes, "Mul", [weights, wide]), _integers(nodes, 1)], keepdims=0)
+
+
+def _integers(nodes: list[ir.Node], *values: int) -> ir.Value:
+    return _append(nodes, "Constant", [], value=ir.tensor(np.array(values, np.int64)))
 
 
 def _read(nodes: list[ir.Node], marker: ir.Node, y: ir.Value, reads: str, site: str) -> ir.Value:

@@ -20,7 +20,6 @@ from edgeadapt.export.graph import Graph
 from edgeadapt.quantize.join import join_products, joined_name
 from edgeadapt.quantize.lower import Lowered, lower
 from edgeadapt.slots import (
-    BOTTLENECK_TERMS,
     BottleneckKind,
     BottleneckSlot,
     GraphRecord,
@@ -136,14 +135,15 @@ def _beside(adapters: Sequence[ResolvedAdapter]) -> dict[str, frozenset[Bottlene
     kinds: dict[str, set[BottleneckKind]] = {}
     for adapter in adapters:
         for bottleneck in adapter.bottlenecks:
-            kind = BottleneckKind(bottleneck.reads, bottleneck.activation, bottleneck.normalized)
-            kinds.setdefault(bottleneck.site, set()).add(kind)
+            kinds.setdefault(bottleneck.site, set()).add(bottleneck.slot_kind)
     return {site: frozenset(found) for site, found in kinds.items()}
 
 
 def _bottleneck(roles: list[str], kind: BottleneckKind, module: TargetModule) -> BottleneckSlot:
-    inputs = {term: f"{kind.prefix(module.path)}.{term}" for term in BOTTLENECK_TERMS}
-    return BottleneckSlot(module.path, tuple(roles), *kind, module.out_features, inputs)
+    inputs = {term: f"{kind.prefix(module.path)}.{term}" for term in kind.terms}
+    reads, activation, normalized, stage, fused = kind
+    size = module.out_features
+    return BottleneckSlot(module.path, tuple(roles), reads, activation, normalized, size, inputs, stage, fused)
 
 
 def _all_found(sites: set[str], parameters: set[str]) -> None:

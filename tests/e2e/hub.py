@@ -5,14 +5,93 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import adapters
 import numpy as np
 import torch
+import transformers
+
+from tests.e2e.tiny import DECODER, ENCODER, IMAGE
 
 Arrays = Mapping[str, np.ndarray]
+
+_PREFIX = adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=16)
+CONFIGS: Mapping[str, Any] = {
+    "seq_bn": adapters.SeqBnConfig(reduction_factor=8),
+    "seq_bn_wide": adapters.SeqBnConfig(reduction_factor={"0": 2, "default": 4}),
+    "seq_bn_one_layer": adapters.SeqBnConfig(reduction_factor=8, leave_out=[0]),
+    "double_seq_bn": adapters.DoubleSeqBnConfig(reduction_factor=8),
+    "par_bn": adapters.ParBnConfig(reduction_factor=4),
+    "scaled_par_bn": adapters.ParBnConfig(reduction_factor=4, scaling="learned"),
+    "compacter": adapters.CompacterConfig(reduction_factor=8),
+    "compacterpp": adapters.CompacterPlusPlusConfig(reduction_factor=8, factorized_phm_rule=True),
+    "own_rules": adapters.CompacterConfig(reduction_factor=8, shared_phm_rule=False, factorized_phm_W=False),
+    # with stochastic depth the library asks for torchvision
+    "adapterplus": adapters.AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0),
+    "normalized": adapters.SeqBnConfig(reduction_factor=8, ln_before=True, non_linearity="gelu_new"),
+    "leaky": adapters.DoubleSeqBnConfig(reduction_factor=8, non_linearity="leakyrelu"),
+    "seq_bn_inv": adapters.SeqBnInvConfig(reduction_factor=8),
+    "double_seq_bn_inv": adapters.DoubleSeqBnInvConfig(reduction_factor=8, inv_adapter_reduction_factor=4),
+    "lora": adapters.LoRAConfig(r=4, alpha=8),
+    "lora_all": adapters.LoRAConfig(r=2, attn_matrices=["q", "k", "v"], intermediate_lora=True, output_lora=True),
+    "ia3": adapters.IA3Config(),
+    "ia3_output": adapters.IA3Config(attn_matrices=["v"], intermediate_lora=False, output_lora=True, leave_out=[1]),
+    "dora": adapters.DoRAConfig(r=4, alpha=6),
+    "dora_q": adapters.DoRAConfig(r=2, attn_matrices=["q"]),
+    "vera": adapters.VeraConfig(r=4),
+    "vera_k": adapters.VeraConfig(r=2, attn_matrices=["k"], vera_d=0.5),
+    "dvora": adapters.DvoRAConfig(r=4),
+    "dvora_q": adapters.DvoRAConfig(r=2, attn_matrices=["q"]),
+    "prefix": _PREFIX,
+    "prefix_flat": adapters.PrefixTuningConfig(prefix_length=3, flat=True),
+    "mam": adapters.MAMConfig(_PREFIX, adapters.ParBnConfig(reduction_factor=8)),
+    "union": adapters.ConfigUnion(adapters.LoRAConfig(r=4, output_lora=True), adapters.SeqBnConfig(reduction_factor=8)),
+    "union_ia3": adapters.ConfigUnion(adapters.CompacterConfig(reduction_factor=8), adapters.IA3Config()),
+}
+AS_PICKLE = {"normalized", "double_seq_bn", "prefix", "prefix_flat", "mam"}  # safetensors refuses what shares memory
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny base, and the adapters that are tried on it."""
+
+    model: Any
+    config: Any
+    adapters: tuple[str, ...]
+
+
+_DISTILBERT = {"vocab_size": 128, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "num_labels": 3}
+_GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
+ENCODERS = tuple(name for name in CONFIGS if name not in ("prefix", "prefix_flat", "mam"))
+_LLAMA = ("seq_bn", "double_seq_bn", "par_bn", "adapterplus", "seq_bn_inv", "lora", "lora_all", "ia3", "dora", "union")
+FAMILIES = {
+    "bert": Family(transformers.BertForSequenceClassification, transformers.BertConfig(**ENCODER), ENCODERS),
+    # with heads below
+    "roberta": Family(transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**ENCODER), ("lora",)),
+    "distilbert": Family(
+        *(
+            transformers.DistilBertForSequenceClassification,
+            transformers.DistilBertConfig(max_position_embeddings=64, **_DISTILBERT),
+        ),
+        ("seq_bn", "par_bn", "seq_bn_inv", "lora_all", "dora"),
+    ),
+    "gpt2": Family(
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config(**_GPT2),
+        ("seq_bn", "par_bn", "seq_bn_inv", "lora", "ia3", "union"),
+    ),
+    "llama": Family(
+        *(transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
+        (*_LLAMA, "prefix", "prefix_flat", "mam"),
+    ),
+    "vit": Family(
+        *(transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE, num_labels=3)),
+        ("adapterplus", "seq_bn", "lora"),
+    ),
+}
 
 
 def save(model: Any, config: Any, folder: Path, *, name: str = "task", safe: bool = True, seed: int = 1) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,72 +15,40 @@ import adapters
 import numpy as np
 import pytest
 import torch
-import transformers
 
+from edgeadapt.adapters import read_adapters
 from edgeadapt.addition import add_adapter, verify_bundle
 from edgeadapt.bundle import open_bundle
-from edgeadapt.errors import AdapterError, BundleError, MergeError, QuantizeError
+from edgeadapt.errors import AdapterError, BundleError, EdgeAdaptError, MergeError, QuantizeError
+from edgeadapt.export.cases import parity_cases
+from edgeadapt.merging.load import load_base_model
+from edgeadapt.merging.merge import check_merge, merge
 from edgeadapt.pipeline import export_bundle
+from edgeadapt.pipeline.inputs import MERGE_TOLERANCE, resolve_on
 from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import open_session
 from tests.e2e import hub
 from tests.e2e.reference import error
-from tests.e2e.tiny import DECODER, ENCODER, IMAGE
 
 TOLERANCE = 1e-4
 SMALLEST_EFFECT = 1e-2
 
-CONFIGS: Mapping[str, Any] = {
-    "seq_bn": adapters.SeqBnConfig(reduction_factor=8),
-    "seq_bn_wide": adapters.SeqBnConfig(reduction_factor={"0": 2, "default": 4}),
-    "seq_bn_one_layer": adapters.SeqBnConfig(reduction_factor=8, leave_out=[0]),
-    "double_seq_bn": adapters.DoubleSeqBnConfig(reduction_factor=8),
-    "par_bn": adapters.ParBnConfig(reduction_factor=4),
-    "scaled_par_bn": adapters.ParBnConfig(reduction_factor=4, scaling="learned"),
-    "compacter": adapters.CompacterConfig(reduction_factor=8),
-    "compacterpp": adapters.CompacterPlusPlusConfig(reduction_factor=8, factorized_phm_rule=True),
-    "own_rules": adapters.CompacterConfig(reduction_factor=8, shared_phm_rule=False, factorized_phm_W=False),
-    # with stochastic depth the library asks for torchvision
-    "adapterplus": adapters.AdapterPlusConfig(reduction_factor=8, stochastic_depth=0.0),
-    "normalized": adapters.SeqBnConfig(reduction_factor=8, ln_before=True, non_linearity="gelu_new"),
-    "leaky": adapters.DoubleSeqBnConfig(reduction_factor=8, non_linearity="leakyrelu"),
-}
-AS_PICKLE = {"normalized", "double_seq_bn"}  # safetensors refuses what shares memory
-
-
-@dataclass(frozen=True)
-class Family:
-    """A tiny base, and the adapters that are tried on it."""
-
-    model: Any
-    config: Any
-    adapters: tuple[str, ...]
-
-
-_DISTILBERT = {"vocab_size": 128, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "num_labels": 3}
-_GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-_USUAL = ("seq_bn", "double_seq_bn", "par_bn", "adapterplus")
-FAMILIES = {
-    "bert": Family(transformers.BertForSequenceClassification, transformers.BertConfig(**ENCODER), tuple(CONFIGS)),
-    # with heads below
-    "roberta": Family(transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**ENCODER), ()),
-    "distilbert": Family(
-        *(
-            transformers.DistilBertForSequenceClassification,
-            transformers.DistilBertConfig(max_position_embeddings=64, **_DISTILBERT),
-        ),
-        ("seq_bn", "par_bn"),
-    ),
-    "gpt2": Family(transformers.GPT2LMHeadModel, transformers.GPT2Config(**_GPT2), ("seq_bn", "par_bn")),
-    "llama": Family(transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER), _USUAL),
-    "vit": Family(
-        transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE, num_labels=3), ("adapterplus", "seq_bn")
-    ),
+CONFIGS, FAMILIES, AS_PICKLE = hub.CONFIGS, hub.FAMILIES, hub.AS_PICKLE
+ADDED = "seq_bn_wide"
+"""What is held back from BERT's bundle, to be added."""
+WEIGHTS = {"lora", "lora_all", "ia3", "ia3_output", "dora", "dora_q", "vera", "vera_k", "dvora", "dvora_q"}
+FIVE = "five"
+"""An adapter with a head of five classes from an AutoAdapterModel, in these families' bundles too."""
+HEADS: Mapping[str, Any] = {
+    "bert": (adapters.BertAdapterModel, {}),
+    "roberta": (adapters.RobertaAdapterModel, {}),
+    "distilbert": (adapters.DistilBertAdapterModel, {"activation_function": "relu"}),
 }
 
 
-def fresh(family: Family, base: Path, **options: Any) -> Any:
-    return family.model.from_pretrained(base, **options)
+def fresh(family: hub.Family, base: Path, **options: Any) -> Any:
+    """Return a base with the attention that the library's prefixes need."""
+    return family.model.from_pretrained(base, attn_implementation="eager", **options)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +72,15 @@ def saved(bases: dict[str, Path]) -> Any:
 
     def get(family: str, name: str) -> Path:
         if (family, name) not in made:
+            model, config = fresh(FAMILIES[family], bases[family]), name
+            if name == FIVE:
+                model_class, options = HEADS[family]
+                model, config = model_class.from_pretrained(bases[family]), "double_seq_bn"
+                labels = dict(enumerate("abcde"))
+                model.add_classification_head(f"{name}_of_mine", num_labels=5, id2label=labels, **options)
             made[family, name] = hub.save(
-                fresh(FAMILIES[family], bases[family]),
-                CONFIGS[name],
+                model,
+                CONFIGS[config],
                 bases[family].parent / name,
                 name=f"{name}_of_mine",
                 safe=name not in AS_PICKLE,
@@ -122,7 +97,10 @@ def exported(bases: dict[str, Path], saved: Any) -> Any:
 
     def get(family: str, quantize: str = "none") -> Path:
         if (family, quantize) not in made:
-            folders = tuple(saved(family, name) for name in FAMILIES[family].adapters)
+            names = FAMILIES[family].adapters if quantize == "none" else SOME
+            names = tuple(name for name in names if name != ADDED)
+            names += (FIVE,) if family in HEADS else ()
+            folders = tuple(saved(family, name) for name in names)
             output = bases[family].parent / f"{quantize}.bundle"
             export_bundle(Recipe(folders, str(bases[family]), output, quantize=quantize))
             made[family, quantize] = output
@@ -141,11 +119,12 @@ def case(family: str) -> dict[str, np.ndarray]:
     return {**inputs, "token_type_ids": np.zeros_like(mask)} if family == "bert" else inputs
 
 
-@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.adapters])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_adapter_equals_the_library_and_goes_without_a_trace(
     family: str, bases: dict[str, Path], saved: Any, exported: Any
 ) -> None:
-    inputs, names = case(family), FAMILIES[family].adapters
+    inputs, names = case(family), tuple(name for name in FAMILIES[family].adapters if name != ADDED)
+    names += (FIVE,) if family in HEADS else ()
     found: dict[str | None, set[bytes]] = {None: set(), **{name: set() for name in names}}
     logits = {}
     with open_session(exported(family)) as session:
@@ -157,12 +136,19 @@ def test_every_adapter_equals_the_library_and_goes_without_a_trace(
     base = hub.forward(fresh(FAMILIES[family], bases[family]), None, inputs)
     assert error(base, logits[None], inputs) <= TOLERANCE
     for name in names:
-        folder = saved(family, name)
-        model = fresh(FAMILIES[family], bases[family])
-        expected = hub.forward(model, folder, inputs, safe=name not in AS_PICKLE)
-        assert error(base, expected, inputs) >= SMALLEST_EFFECT, name
+        model = (
+            fresh(FAMILIES[family], bases[family]) if name != FIVE else HEADS[family][0].from_pretrained(bases[family])
+        )
+        expected = hub.forward(model, saved(family, name), inputs, safe=name not in AS_PICKLE)
         assert error(expected, logits[name], inputs) <= TOLERANCE, name
-    assert verify_bundle(exported(family)) == []
+        if name == FIVE:
+            assert expected.shape == (2, 5)
+        else:
+            assert error(base, expected, inputs) >= SMALLEST_EFFECT, name
+    bundle = open_bundle(exported(family))
+    if family in HEADS:
+        assert bundle.manifest.adapters[FIVE].labels == tuple("abcde")
+    assert verify_bundle(bundle.path) == []
 
 
 def test_the_slots_graph_without_an_adapter_is_the_base(exported: Any) -> None:
@@ -177,83 +163,89 @@ def test_the_slots_graph_without_an_adapter_is_the_base(exported: Any) -> None:
     assert np.abs(plain - slots).max() <= 1e-6 * np.abs(plain).max()
 
 
-@pytest.mark.parametrize("quantize", ["int4"])
-def test_a_quantized_base_takes_the_same_adapters(quantize: str, exported: Any, bases: dict[str, Path]) -> None:
+SOME = ("seq_bn", "lora", "prefix")
+
+
+def test_a_quantized_base_takes_the_same_adapters(exported: Any) -> None:
     """The bottlenecks stay as they are; q, k and v are still one product with an adapter beside another module."""
-    bundle = open_bundle(exported("llama", quantize))
-    assert {slot.site.rpartition(".")[2] for slot in bundle.manifest.bottlenecks} == {"o_proj", "down_proj"}
+    bundle = open_bundle(exported("llama", "int4"))
+    assert {slot.site.rpartition(".")[2] for slot in bundle.manifest.bottlenecks} == {"down_proj"}
     rows = {row["adapter"]: row for row in bundle.manifest.quality}
-    assert set(rows) == {None, *FAMILIES["llama"].adapters}
+    assert set(rows) == {None, *SOME}
     assert verify_bundle(bundle.path) == []
 
 
 def test_added_without_torch(bases: dict[str, Path], exported: Any, saved: Any, tmp_path: Path) -> None:
-    """Into a bundle that was made for an adapter of another width."""
-    output = tmp_path / "out.bundle"
-    export_bundle(Recipe((saved("bert", "seq_bn"),), str(bases["bert"]), output, quantize="none"))
-    wide = saved("bert", "seq_bn_wide")
+    """Into a bundle that was made for adapters of other widths."""
+    output = Path(shutil.copytree(exported("bert"), tmp_path / "out.bundle"))
     code = (
         "import sys\nfrom edgeadapt.addition import add_adapter\n"
         "add_adapter(sys.argv[1], sys.argv[2])\n"
         "assert not {'torch', 'adapters', 'transformers', 'peft'} & set(sys.modules), sorted(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(output), str(wide)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code, str(output), str(saved("bert", ADDED))], check=True, timeout=120)
     inputs = case("bert")
-    with open_session(output) as session, open_session(exported("bert")) as together:
-        session.use("seq_bn_wide")
-        together.use("seq_bn_wide")
-        ours, theirs = session.run(inputs)["logits"], together.run(inputs)["logits"]
-    assert error(theirs, ours, inputs) <= 1e-6
+    expected = hub.forward(fresh(FAMILIES["bert"], bases["bert"]), saved("bert", ADDED), inputs)
+    with open_session(output) as session:
+        session.use(ADDED)
+        assert error(expected, session.run(inputs)["logits"], inputs) <= TOLERANCE
+    other = hub.save(
+        fresh(FAMILIES["bert"], bases["bert"]),
+        adapters.SeqBnConfig(reduction_factor=8, non_linearity="tanh"),
+        tmp_path / "tanh",
+    )
     with pytest.raises(BundleError) as caught:
-        add_adapter(output, saved("bert", "par_bn"))
-    assert str(caught.value) == (
-        "adapter 'par_bn' has a bottleneck (relu, reads residual) beside module 'bert.encoder.layer.0.output.dense', "
-        "for which this bundle has no slot (it has (relu, reads norm))\n"
-        "Hint: export the bundle again together with this adapter, so that its graph has what it needs"
+        add_adapter(output, other)
+    assert str(caught.value).startswith(
+        "adapter 'tanh' has a bottleneck (tanh, reads norm) beside module 'bert.encoder.layer.0.output.dense', for "
+        "which this bundle has no slot (it has (gelu, reads norm), "
+    )
+    assert caught.value.hint == (
+        "export the bundle again together with this adapter, so that its graph has what it needs"
     )
 
 
+def test_weights_are_added_with_the_float_base_at_hand(
+    bases: dict[str, Path], exported: Any, saved: Any, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(exported("roberta"), tmp_path / "out.bundle"))
+    folder = hub.save(fresh(FAMILIES["roberta"], bases["roberta"]), adapters.LoRAConfig(r=3), tmp_path / "more", seed=5)
+    with pytest.raises(AdapterError) as caught:
+        add_adapter(output, folder)
+    assert str(caught.value) == (
+        "adapter 'more': an adapterhub_lora adapter can only be read together with the float base, which a bundle does "
+        "not hold\nHint: pass the base with --base, or export the bundle again together with it"
+    )
+    add_adapter(output, folder, base=str(bases["roberta"]))
+    inputs = case("roberta")
+    expected = hub.forward(fresh(FAMILIES["roberta"], bases["roberta"]), folder, inputs)
+    with open_session(output) as session:
+        session.use("more")
+        assert error(expected, session.run(inputs)["logits"], inputs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_weights_are_merged(family: str, bases: dict[str, Path], saved: Any) -> None:
+    base = load_base_model(str(bases[family]))
+    for name in WEIGHTS & set(FAMILIES[family].adapters):
+        (adapter,) = read_adapters(saved(family, name))
+        merged = merge(base, resolve_on(base, adapter))
+        assert check_merge(base, adapter, merged, parity_cases(base, ()), MERGE_TOLERANCE) <= MERGE_TOLERANCE
+
+
 def test_merging_and_pruning_are_refused(bases: dict[str, Path], saved: Any, tmp_path: Path) -> None:
-    recipe = {"base": str(bases["bert"]), "output": tmp_path / "x.bundle", "quantize": "none"}
+    recipe = Recipe((saved("bert", "seq_bn"),), str(bases["bert"]), tmp_path / "x.bundle", quantize="none")
     with pytest.raises(MergeError) as caught:
-        export_bundle(Recipe((saved("bert", "seq_bn"),), **recipe, merge=True))
+        export_bundle(dataclasses.replace(recipe, merge=True))
     assert str(caught.value) == (
         "adapter 'seq_bn' cannot be merged: it has bottlenecks ('bert.encoder.layer.0.output.dense' first), whose "
         "activation (relu) is not linear, so they fold into no weight\n"
         "Hint: export without --merge; the adapter then stays beside the base and can be swapped"
     )
     with pytest.raises(QuantizeError) as pruned:
-        export_bundle(Recipe((saved("bert", "seq_bn"),), **recipe, prune_kl=0.1))
+        export_bundle(dataclasses.replace(recipe, prune_kl=0.1))
     assert pruned.value.message == ("adapter 'seq_bn' has bottlenecks, which cannot be pruned: only low-rank terms can")
     assert not (tmp_path / "x.bundle").exists()
-
-
-HEADS: Mapping[str, Any] = {
-    "bert": (adapters.BertAdapterModel, {}),
-    "roberta": (adapters.RobertaAdapterModel, {}),
-    "distilbert": (adapters.DistilBertAdapterModel, {"activation_function": "relu"}),
-}
-
-
-@pytest.mark.parametrize("family", HEADS)
-def test_a_head_by_name_with_other_classes(family: str, bases: dict[str, Path], saved: Any, tmp_path: Path) -> None:
-    """A head of an AutoAdapterModel with five classes beside a bundle's adapter with three."""
-    model_class, options = HEADS[family]
-    inputs = case(family)
-    model = model_class.from_pretrained(bases[family])
-    model.add_classification_head("five", num_labels=5, id2label=dict(enumerate("abcde")), **options)
-    folder = hub.save(model, CONFIGS["double_seq_bn"], tmp_path / "five", name="five")
-    output = tmp_path / "out.bundle"
-    export_bundle(Recipe((folder, saved(family, "seq_bn")), str(bases[family]), output, quantize="none"))
-    expected = hub.forward(model_class.from_pretrained(bases[family]), folder, inputs)
-    assert expected.shape == (2, 5)
-    with open_session(output) as session:
-        session.use("five")
-        logits = session.run(inputs)["logits"]
-        assert error(expected, logits, inputs) <= TOLERANCE
-        session.use("seq_bn")
-        assert session.run(inputs)["logits"].shape == (2, 3)
-    assert open_bundle(output).manifest.adapters["five"].labels == tuple("abcde")
 
 
 def test_two_dense_layers_with_another_activation_are_no_head_of_the_base(
@@ -269,6 +261,52 @@ def test_two_dense_layers_with_another_activation_are_no_head_of_the_base(
         "one that base 'base' has for its task\n"
         "Hint: save the adapter with with_head=False, or export it on a base with the same head"
     )
+
+
+REFUSED: Mapping[tuple[str, str], tuple[Any, type[EdgeAdaptError], str]] = {
+    ("bert", "prefix"): (
+        hub.CONFIGS["prefix"],
+        AdapterError,
+        (
+            "adapter 'no': a prefix is held in the key-value cache of a decoder-only language model, and base for "
+            "text-classification has none"
+        ),
+    ),
+    ("gpt2", "prefix"): (
+        hub.CONFIGS["prefix"],
+        AdapterError,
+        (
+            "adapter 'no': base learns its positions: behind a prefix in the cache a text has other ones than in "
+            "AdapterHub, where it begins at position 0"
+        ),
+    ),
+    ("llama", "vera"): (
+        hub.CONFIGS["vera"],
+        MergeError,
+        (
+            "the library adapters cannot run adapter 'no' at module 'model.layers.0.self_attn.v_proj': RuntimeError: "
+            "mat1 and mat2 shapes cannot be multiplied (32x32 and 64x4)"
+        ),
+    ),
+    ("gpt2", "vera"): (
+        hub.CONFIGS["vera"],
+        MergeError,
+        (
+            "the library adapters cannot run adapter 'no' at module 'transformer.h.0.attn.c_attn': AttributeError: "
+            "'Vera' object has no attribute 'lora_A'"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(("family", "name"), REFUSED)
+def test_what_cannot_be_is_refused(family: str, name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    config, error_class, message = REFUSED[family, name]
+    folder = hub.save(fresh(FAMILIES[family], bases[family]), config, tmp_path / "no", safe=name not in AS_PICKLE)
+    with pytest.raises(error_class) as caught:
+        export_bundle(Recipe((folder,), str(bases[family]), tmp_path / "x.bundle", quantize="none"))
+    assert caught.value.message == message
+    assert not (tmp_path / "x.bundle").exists()
 
 
 def test_an_incomplete_adapter_is_refused(bases: dict[str, Path], saved: Any, tmp_path: Path) -> None:

@@ -243,6 +243,6 @@ def test_adding_without_the_base_is_refused(tiny: GetTiny, copied: Exported, tmp
         add_adapter(bundle, folder)
     assert str(caught.value) == (
         "adapter 'loha': a loha adapter can only be read together with the float base, which a bundle does not hold\n"
-        "Hint: export the bundle again together with it"
+        "Hint: pass the base with --base, or export the bundle again together with it"
     )
     assert content(bundle) == before

@@ -14,18 +14,16 @@ _USED = frozenset(
         *("architecture", "mh_adapter", "output_adapter", "reduction_factor", "non_linearity", "leave_out"),
         *("original_ln_before", "original_ln_after", "residual_before_ln", "ln_before", "is_parallel", "scaling"),
         *("phm_layer", "phm_dim", "phm_rank", "phm_bias", "factorized_phm_W", "factorized_phm_rule"),
-        *("shared_phm_rule", "shared_W_phm"),
+        *("shared_phm_rule", "shared_W_phm", "inv_adapter", "inv_adapter_reduction_factor", "invertible_adapter"),
     }
 )
 _TRAINING = frozenset(
     {
         *("init_weights", "init_weights_seed", "dropout", "stochastic_depth", "learn_phm", "phm_c_init"),
-        *("phm_init_range", "hypercomplex_nonlinearity", "inv_adapter_reduction_factor", "adapter_residual_before_ln"),
+        *("phm_init_range", "hypercomplex_nonlinearity", "adapter_residual_before_ln"),
     }
 )
 _REFUSED = {
-    "inv_adapter": "an invertible adapter after the embeddings (MAD-X), which the graphs do not have yet",
-    "invertible_adapter": "an invertible adapter after the embeddings (MAD-X), which the graphs do not have yet",
     "cross_adapter": "adapters after cross-attention, which are not read yet",
     "ln_after": "a norm of its own behind the bottleneck, which the graphs do not have yet",
     "use_gating": "gates that are averaged over the tokens (UniPELT), which the graphs do not have yet",
@@ -50,6 +48,13 @@ ACTIVATIONS: Mapping[str, Activation] = {
 _OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """What activations were called before the library wrote its version into the config."""
 _AGAIN = "save the adapter again with save_adapter"
+
+
+def block_of(settings: Mapping[str, Any]) -> str | None:
+    """Return the block type of the invertible adapter that settings name, None for none."""
+    older = settings.get("invertible_adapter")
+    found = settings.get("inv_adapter") or (older.get("block_type") if isinstance(older, Mapping) else older)
+    return str(found) if found else None
 
 
 def is_bottleneck(config: Mapping[str, Any]) -> bool:
@@ -82,6 +87,11 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _check_values(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    if block_of(settings) not in (None, "nice"):
+        raise AdapterError(
+            f"the invertible adapter is of the block type {block_of(settings)!r}, which the library itself cannot run",
+            hint="train with inv_adapter='nice'",
+        )
     if not settings.get("mh_adapter") and not settings.get("output_adapter"):
         raise AdapterError("mh_adapter and output_adapter are both false: the adapter has no place", hint=_AGAIN)
     scaling = settings.get("scaling", 1.0)

@@ -11,8 +11,10 @@ import numpy as np
 from edgeadapt.adapters.adapter import Adapter, Array, Bottleneck, ResolvedAdapter, TargetModule
 from edgeadapt.adapters.fingerprint import base_label, check_digest, check_unrounded
 from edgeadapt.adapters.hub_heads import resolve_head
+from edgeadapt.adapters.hub_keys import head_tensors
 from edgeadapt.adapters.kinds._bottleneck_config import activation_of, reads_of, width_of
-from edgeadapt.adapters.kinds._bottleneck_tensors import Place, is_of_head, matrix, places_of
+from edgeadapt.adapters.kinds._bottleneck_tensors import Place, matrix, places_of
+from edgeadapt.adapters.kinds._invertible import resolve_invertible
 from edgeadapt.adapters.selection import Move, find_move, name_some
 from edgeadapt.errors import AdapterError
 
@@ -64,8 +66,8 @@ def resolve_bottleneck(adapter: Adapter, modules: Mapping[str, TargetModule], ba
         check_digest(adapter.base, (path, name), modules[path], base_name)
     check_unrounded(adapter.base, {path: move.to_adapter(path) or path for path in modules}, modules, base_name)
     bottlenecks = [_bottleneck(adapter, place, rows[name], move, modules) for name, place in sorted(places.items())]
-    head = {key: tensor for key, tensor in adapter.tensors.items() if is_of_head(key)}
-    replaced = resolve_head(adapter, head, modules, base_name)
+    bottlenecks += resolve_invertible(adapter, modules, move, base_name)
+    replaced = resolve_head(adapter, head_tensors(adapter), modules, base_name)
     return ResolvedAdapter(adapter.name, adapter.kind, {}, replaced, bottlenecks=tuple(bottlenecks))
 
 
@@ -144,13 +146,9 @@ def _bottleneck(
     scale = _scale(place, settings)
     up, up_bias = up * scale, (np.zeros(up.shape[1], np.float32) if up_bias is None else up_bias) * scale
     _check_shapes(adapter, place, modules[site], down, up)
-    return Bottleneck(
-        site,
-        reads,
-        activation_of(adapter.config),
-        bool(settings.get("ln_before")),
-        *(np.ascontiguousarray(value, np.float32) for value in (down, down_bias, up, up_bias)),
-    )
+    down, down_bias, up, up_bias = (np.ascontiguousarray(x, np.float32) for x in (down, down_bias, up, up_bias))
+    normalized = bool(settings.get("ln_before"))
+    return Bottleneck(site, reads, activation_of(adapter.config), normalized, down, down_bias, up, up_bias)
 
 
 def _down(place: Place, settings: Mapping[str, object]) -> tuple[Array, Array]:

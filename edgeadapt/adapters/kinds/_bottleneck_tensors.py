@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from edgeadapt.adapters.adapter import Adapter, Array, TensorRef
+from edgeadapt.adapters.hub_keys import is_of_head
+from edgeadapt.adapters.kinds._invertible import check_invertible, is_invertible
 from edgeadapt.errors import AdapterError
 
 _KEY = re.compile(r"(?P<place>.+)\.adapters\.(?P<part>.+)")
@@ -41,11 +43,6 @@ class Place:
                 return self.parts[part].shape[0] * self.parts[part].shape[axis]
         name = "W_up_left" if "W_up_left" in self.shared else "W_up"
         return self.shared[name].shape[0] * self.shared[name].shape[1]
-
-
-def is_of_head(key: str) -> bool:
-    """Tell whether a normalized key is of a prediction head."""
-    return ".adapters." not in key and not _is_shared(key)
 
 
 def _is_shared(key: str) -> bool:
@@ -91,8 +88,11 @@ def check_parts(adapter: Adapter) -> tuple[str, ...]:
                 "numbers",
                 hint=_AGAIN,
             )
+        if not (_KEY.fullmatch(key) or _is_shared(key) or is_invertible(key) or is_of_head(key)):
+            raise AdapterError(f"tensor {tensor.key!r} in {tensor.file} is of no bottleneck", hint=_AGAIN)
         if key.startswith("heads.") and "head" not in adapter.config:
             raise AdapterError(f"tensor {tensor.key!r} in {tensor.file} is of a head without a config", hint=_AGAIN)
+    check_invertible(adapter)
     wanted, shared = _wanted(adapter)
     for name, place in places.items():
         _compare(adapter, f"{name}.adapters", wanted, place.parts)

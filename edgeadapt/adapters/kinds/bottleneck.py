@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule
-from edgeadapt.adapters.kinds._bottleneck_config import check_config, is_bottleneck
+from edgeadapt.adapters.hub_keys import head_tensors
+from edgeadapt.adapters.kinds._bottleneck_config import block_of, check_config, is_bottleneck
 from edgeadapt.adapters.kinds._bottleneck_resolve import resolve_bottleneck
-from edgeadapt.adapters.kinds._bottleneck_tensors import check_parts, is_of_head, places_of
+from edgeadapt.adapters.kinds._bottleneck_tensors import check_parts, places_of
 
 TERMS: frozenset[str] = frozenset()
 
@@ -64,10 +65,11 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "places": sorted({place.location for place in places_of(adapter).values()}),
         "width": {"min": min(widths), "max": max(widths), "places": {str(w): n for w, n in sorted(widths.items())}},
         "activation": settings["non_linearity"],
+        "invertible": block_of(settings),
         "parallel": bool(settings.get("is_parallel")),
         "hypercomplex": bool(settings.get("phm_layer")),
         "scaling": settings.get("scaling", 1.0),
-        "modules_to_save": sorted({key.rpartition(".")[0] for key in adapter.tensors if is_of_head(key)}),
+        "modules_to_save": sorted({key.rpartition(".")[0] for key in head_tensors(adapter)}),
         "merge": {"exact": False, "reason": "a bottleneck is not linear in its input and folds into no weight"},
         "swap": {"possible": True, "reason": "a small network beside the layer"},
         "needs_base_weights": False,

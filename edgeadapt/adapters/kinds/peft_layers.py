@@ -11,10 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgeadapt.adapters.adapter import Adapter, Array, Effective, Library, ResolvedAdapter, SiteUpdate, TargetModule
-from edgeadapt.adapters.factor import factor
-from edgeadapt.adapters.fingerprint import base_label, check_digest, check_unrounded
-from edgeadapt.adapters.selection import is_saved
+from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule
+from edgeadapt.adapters.from_library import resolve_from_library
 from edgeadapt.errors import AdapterError
 
 TERMS: frozenset[str] = frozenset()
@@ -159,44 +157,7 @@ def resolve(
     Raises:
         AdapterError: there is no library, the base is another one, a value is not finite, or nothing changes.
     """
-    if library is None:
-        raise AdapterError(
-            f"a {adapter.kind} adapter can only be read together with the float base, which a bundle does not hold",
-            hint="export the bundle again together with it",
-        )
-    check_unrounded(adapter.base, {path: path for path in modules}, modules, base_name)
-    for path, module in modules.items():
-        check_digest(adapter.base, (path,), module, base_name)
-    for tensor in adapter.tensors.values():
-        tensor.read()  # refuses what is not finite
-    sites: dict[str, SiteUpdate] = {}
-    replaced: dict[str, Array] = {}
-    for path, now in sorted(library.effective(adapter).items()):
-        module = modules[path]
-        if _whole(adapter, module, now):
-            replaced |= _parameters(module, now)
-        elif (update := factor(module, now)) is not None:
-            sites[path] = update
-    if not sites and not replaced:
-        raise AdapterError(
-            f"it changes nothing in {base_label(base_name)}: with it every module computes what it did before",
-            hint="check that it was trained before it was saved",
-        )
-    return ResolvedAdapter(adapter.name, adapter.kind, sites, replaced)
-
-
-def _whole(adapter: Adapter, module: TargetModule, now: Effective) -> bool:
-    """Tell whether a module's parameters are replaced instead of updated."""
-    if module.type in ("norm", "other") or now.weight.shape != module.weight_shape:
-        return True
-    return is_saved(adapter.config, module.path) or (module.type == "conv2d" and module.groups > 1)
-
-
-def _parameters(module: TargetModule, now: Effective) -> dict[str, Array]:
-    found = {f"{module.path}.weight": now.weight}
-    if now.bias is not None:
-        found[f"{module.path}.bias"] = now.bias
-    return found
+    return resolve_from_library(adapter, modules, base_name, library)
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:

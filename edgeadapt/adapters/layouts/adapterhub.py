@@ -18,6 +18,7 @@ from typing import Any
 from edgeadapt.adapters.adapter import Adapter, BaseReference, TensorRef
 from edgeadapt.adapters.fingerprint import FILE_NAME as FINGERPRINT
 from edgeadapt.adapters.fingerprint import find_fingerprint
+from edgeadapt.adapters.hub_keys import CONTAINERS
 from edgeadapt.adapters.kind import kind_of, known_kinds
 from edgeadapt.adapters.peft_files import CONFIG, read_config
 from edgeadapt.adapters.safetensors_file import read_tensors
@@ -27,8 +28,6 @@ from edgeadapt.errors import AdapterError
 HEAD_CONFIG = "head_config.json"
 TENSORS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_TENSORS = ("model_head.safetensors", "pytorch_model_head.bin")
-CONTAINERS = ("adapters", "loras", "shared_parameters", "invertible_adapters")
-"""Where a model keeps its adapters by name, as far as the kinds of adapter that are read have any."""
 
 _OTHERS = {
     "adapter_setup.json": "a composition of adapters (Stack, Fuse, Parallel, ...)",
@@ -38,10 +37,8 @@ _OTHERS = {
 }
 _TOP = frozenset({"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"})
 _REASONS = {
-    "prefix_tuning": "its prefixes are keys and values of every layer, which the graphs do not take yet",
-    "prompt_tuning": "its prompt is put before the embeddings, which the graphs do not take yet",
+    "prompt_tuning": "its prompt lengthens the text of encoders, the only models that the library has it for",
     "reft": "it changes the first and last positions only, which the graphs do not do yet",
-    "union": "it holds several methods at once (MAM, UniPELT), whose parts are not read yet",
     "mtl_lora": "it holds several tasks, of which one is chosen for each input",
 }
 _TASKS = {

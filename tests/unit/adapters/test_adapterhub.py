@@ -81,9 +81,13 @@ def test_a_folder_is_read_without_the_adapter_s_name(folder: Path, pickled: Path
 
 CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown": (lambda c: c["config"].update(magic=1), "magic is 1, a setting that edgeadapt does not know"),
-    "invertible": (
-        lambda c: c["config"].update(inv_adapter="nice"),
-        "inv_adapter is 'nice': an invertible adapter after the embeddings (MAD-X), which the graphs do not have yet",
+    "glow": (
+        lambda c: c["config"].update(inv_adapter="glow"),
+        "the invertible adapter is of the block type 'glow', which the library itself cannot run",
+    ),
+    "older glow": (
+        lambda c: c["config"].update(invertible_adapter={"block_type": "glow", "reduction_factor": 2}),
+        "the invertible adapter is of the block type 'glow', which the library itself cannot run",
     ),
     "gates": (
         lambda c: c["config"].update(use_gating=True),
@@ -112,11 +116,50 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: c["config"].update(reduction_factor=0),
         "reduction_factor is 0, not a number above 0, or a table of them",
     ),
-    "prefix": (
-        lambda c: c["config"].update(architecture="prefix_tuning"),
+    "gated prefix": (
+        lambda c: c.update(config={"architecture": "prefix_tuning", "prefix_length": 3, "use_gating": True}),
         (
-            "architecture 'prefix_tuning' is not supported: its prefixes are keys and values of every layer, which the "
-            "graphs do not take yet"
+            "use_gating is true: keys and values would be scaled by an average over all tokens of the input, and a "
+            "key-value cache is filled before they are known"
+        ),
+    ),
+    "prefix in some layers": (
+        lambda c: c.update(config={"architecture": "prefix_tuning", "prefix_length": 3, "leave_out": [1]}),
+        (
+            "leave_out is [1]: some layers have a prefix and some have none, and a key-value cache is equally long in "
+            "all"
+        ),
+    ),
+    "prefix setting": (
+        lambda c: c.update(config={"architecture": "prefix_tuning", "prefix_length": 3, "magic": 1}),
+        "magic is 1, a setting that edgeadapt does not know",
+    ),
+    "prefix length": (
+        lambda c: c.update(config={"architecture": "prefix_tuning", "prefix_length": 0}),
+        "prefix_length is 0, not a number of tokens",
+    ),
+    "gated lora": (
+        lambda c: c.update(config={"architecture": "lora", "r": 4, "use_gating": True}),
+        "use_gating is true: the gate is an average over all tokens of the input, so the change is no weight",
+    ),
+    "lora setting": (
+        lambda c: c.update(config={"architecture": "lora", "r": 4, "magic": 1}),
+        "magic is 1, a setting that edgeadapt does not know",
+    ),
+    "lora mode": (
+        lambda c: c.update(config={"architecture": "lora", "r": 4, "composition_mode": "mix"}),
+        "composition_mode is 'mix', not one of add, scale",
+    ),
+    "lora rank": (lambda c: c.update(config={"architecture": "lora", "r": 0}), "r is 0, not a rank"),
+    "tasks": (
+        lambda c: c.update(config={"architecture": "mtl_lora", "r": 4}),
+        ("architecture 'mtl_lora' is not supported: it holds several tasks, of which one is chosen for each input"),
+    ),
+    "prompt": (
+        lambda c: c.update(config={"architecture": "prompt_tuning"}),
+        (
+            "architecture 'prompt_tuning' is not supported: its prompt lengthens the text of encoders, the only models "
+            "that the library has it for"
         ),
     ),
     "reft": (
@@ -126,11 +169,25 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
             "not do yet"
         ),
     ),
-    "union": (
+    "empty union": (
         lambda c: c.update(config={"architecture": "union", "configs": []}),
+        "configs is [], not a list of settings",
+    ),
+    "union of one method": (
+        lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "lora"}] * 2}),
+        "it holds two parts of one method: lora, lora",
+    ),
+    "union with reft": (
+        lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "reft"}]}),
+        "configs[0]: architecture 'reft' is not supported in a union",
+    ),
+    "unipelt": (
+        lambda c: c.update(
+            config={"architecture": "union", "configs": [{**c["config"], "architecture": None, "use_gating": True}]}
+        ),
         (
-            "architecture 'union' is not supported: it holds several methods at once (MAM, UniPELT), whose parts are "
-            "not read yet"
+            "configs[0]: use_gating is True: gates that are averaged over the tokens (UniPELT), which the graphs do "
+            "not have yet"
         ),
     ),
     "text": (lambda c: c.update(config="pfeiffer"), "config is 'pfeiffer', not a table of settings"),
@@ -162,6 +219,42 @@ def test_a_tensor_too_many_or_too_few_is_refused(folder: Path) -> None:
     assert refusal(folder) == (
         "tensor 'bert.encoder.layer.0.output.adapters.adapter_down.0.W_left' is missing in FOLDER/adapter.safetensors"
     )
+
+
+def test_an_invertible_part_is_complete_or_refused(folder: Path) -> None:
+    edit(folder, lambda config: config["config"].update(inv_adapter="nice"))
+    assert refusal(folder) == "tensor 'invertible_adapters.F.0.bias' is missing in FOLDER/adapter.safetensors"
+    save(folder, adapters.SeqBnInvConfig(reduction_factor=4))
+    (adapter,) = read_adapters(folder)
+    assert describe(adapter)["invertible"] == "nice"
+    edit(folder, lambda config: config["config"].update(inv_adapter=None))
+    assert refusal(folder) == (
+        "tensor 'bert.invertible_adapters.task.F.0.bias' in FOLDER/adapter.safetensors does not fit its config"
+    )
+
+
+def test_the_parts_of_a_union_share_its_file(folder: Path) -> None:
+    union = adapters.ConfigUnion(adapters.SeqBnConfig(reduction_factor=4), adapters.VeraConfig(r=2))
+    save(folder, union)
+    (adapter,) = read_adapters(folder)
+    described = describe(adapter)
+    assert [part["kind"] for part in described["parts"]] == ["bottleneck", "adapterhub_vera"]
+    assert described["merge"] == {
+        "exact": False,
+        "reason": "a bottleneck is not linear in its input and folds into no weight",
+    }
+    edit(folder, lambda config: config["config"]["configs"].pop())
+    assert refusal(folder) == (
+        "tensor 'bert.encoder.layer.0.attention.self.query.loras.task.vera_B' in FOLDER/adapter.safetensors is of none "
+        "of its parts"
+    )
+
+
+def test_the_tensors_of_another_method_are_refused(folder: Path) -> None:
+    key = "bert.encoder.layer.0.output.adapters.task.adapter_down.0.bias"
+    for settings in ({"architecture": "lora", "r": 4}, {"architecture": "prefix_tuning", "prefix_length": 3}):
+        edit(folder, lambda config, settings=settings: config.update(config=settings))  # type: ignore[misc]
+        assert refusal(folder) == f"tensor {key!r} in FOLDER/adapter.safetensors does not fit its config"
 
 
 def test_compositions_are_refused(folder: Path) -> None:

@@ -17,10 +17,10 @@ from edgeadapt.slots import BOTTLENECK_TERMS, BottleneckKind, BottleneckSlot
 SITE = "layer.q"
 
 
-def slot(reads="output", activation="relu", *, normalized=False, **changes):
-    prefix = BottleneckKind(reads, activation, normalized).prefix(SITE)
-    inputs = {term: f"{prefix}.{term}" for term in BOTTLENECK_TERMS}
-    found = BottleneckSlot(SITE, ("model",), reads, activation, normalized, 6, inputs)
+def slot(reads="output", activation="relu", *, normalized=False, stage=0, fused=False, **changes):
+    kind = BottleneckKind(reads, activation, normalized, stage, fused)
+    inputs = {term: f"{kind.prefix(SITE)}.{term}" for term in kind.terms}
+    found = BottleneckSlot(SITE, ("model",), reads, activation, normalized, 6, inputs, stage, fused)
     return dataclasses.replace(found, **changes)
 
 
@@ -32,6 +32,14 @@ def bottleneck(width, seed=0, reads="output", activation="relu"):
 
 def adapter(*bottlenecks, sites=None):
     return ResolvedAdapter("x", "bottleneck", sites or {}, {}, bottlenecks=bottlenecks)
+
+
+def fusion(parts, width):
+    draw = np.random.default_rng(parts).standard_normal
+    narrow = ((parts, 6, width), (parts, 1, width), (parts, width, 6), (parts, 1, 6))
+    keys = (draw(shape).astype(np.float32) for shape in ((parts, width, 7), (parts, 1, 7)))
+    arrays = (draw(shape).astype(np.float32) for shape in narrow)
+    return Bottleneck(SITE, "output", "relu", False, *arrays, 0, *keys)
 
 
 @pytest.fixture
@@ -56,6 +64,45 @@ def test_there_and_back(beside):
     assert [(item.reads, item.up.shape) for item in back.bottlenecks] == [("output", (3, 6)), ("residual", (2, 6))]
     assert back.parameter_count == given.parameter_count == 6 * 3 * 2 + 3 + 6 + 6 * 2 * 2 + 2 + 6
     assert all((check_inputs("x", bound, beside)[name] == array).all() for name, array in bound.items())
+
+
+def test_one_behind_another_and_a_fusion(manifest):
+    """They come back as they went, and are blended with nothing that has a bottleneck at their module."""
+    slots = (slot(), slot(stage=1), slot(fused=True))
+    manifest = dataclasses.replace(manifest, bottlenecks=slots)
+    assert [item.inputs["up"] for item in slots] == [
+        f"{SITE}.bottleneck.output.relu{more}.up" for more in ("", ".stage1", ".fused")
+    ]
+    given = adapter(bottleneck(3), dataclasses.replace(bottleneck(2, 1), stage=1), fusion(2, 4))
+    bound = bind(given, manifest)
+    assert len(bound) == 4 + 4 + 6
+    back = unbind("x", bound, manifest)
+    for one, other in zip(given.bottlenecks, back.bottlenecks, strict=True):
+        assert one.slot_kind == other.slot_kind
+        assert all((a == b).all() for a, b in zip(one.arrays, other.arrays, strict=True))
+    halved = blend([(0.5, bound)], manifest)
+    for item in slots:
+        np.testing.assert_array_equal(halved[item.inputs["up"]], bound[item.inputs["up"]] / 2)
+        np.testing.assert_array_equal(halved[item.inputs["down"]], bound[item.inputs["down"]])
+    keys = slots[2].inputs["key"]
+    np.testing.assert_array_equal(halved[keys], bound[keys])
+    other = bind(adapter(bottleneck(2)), manifest)
+    for part, what in (
+        (dataclasses.replace(bottleneck(2, 1), stage=1), "one bottleneck behind another"),
+        (fusion(2, 4), "an attention over several bottlenecks"),
+    ):
+        with pytest.raises(BundleError) as caught:
+            blend([(0.5, bind(adapter(part), manifest)), (0.5, other)], manifest)
+        assert caught.value.message == (
+            f"in this blend one adapter has {what} at module 'layer.q', and another has a bottleneck there too; such a "
+            "blend has no form that the graph computes"
+        )
+    wrong = dataclasses.replace(fusion(2, 4), key=np.ones((2, 4, 6), np.float32))
+    with pytest.raises(BundleError) as caught:
+        bind(adapter(wrong), manifest)
+    assert caught.value.message == (
+        "adapter 'x': 'layer.q.bottleneck.output.relu.fused.key' has the shape [2, 4, 6], this base needs [2, 4, 7]"
+    )
 
 
 def test_a_blend_is_the_weighted_sum(beside):
@@ -118,6 +165,7 @@ def test_part_of_a_bottleneck_is_refused(beside):
             slot(reads="mind"),
             "reads of bottleneck slot 'layer.q' is 'mind', must be one of output, residual, sum, norm",
         ),
+        (slot(stage=-1), "bottleneck slot 'layer.q' has the stage -1, must be 0 or more"),
         (
             slot(inputs={"down": "d"}),
             "bottleneck slot 'layer.q' has the terms ['down'], must have ['down', 'down_bias', 'up', 'up_bias']",
