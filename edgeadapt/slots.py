@@ -102,6 +102,44 @@ BOTTLENECK_ACTIVATIONS = (
 )
 
 
+class BranchKind(NamedTuple):
+    """What makes two branches the same nodes of a graph; see `edgeadapt.adapters.adapter.Branch`."""
+
+    form: str
+    settings: tuple[tuple[str, str | int], ...]
+
+    def prefix(self, site: str) -> str:
+        """Return what the names of its inputs at a module begin with."""
+        return ".".join((site, self.form, *(f"{name}-{value}" for name, value in self.settings)))
+
+
+@dataclass(frozen=True)
+class BranchSlot:
+    """A place for a branch beside one module of the base.
+
+    site: the module to whose output it is added; graphs: roles of the graphs that hold it
+    form, settings: what the graph computes, which is not the adapter's to choose
+    inputs: graph input per term; shapes: theirs, with names for axes whose lengths are the adapter's to choose
+    """
+
+    site: str
+    graphs: tuple[str, ...]
+    form: str
+    settings: Mapping[str, str | int]
+    inputs: Mapping[str, str]
+    shapes: Mapping[str, tuple[int | str, ...]]
+
+    @property
+    def kind(self) -> BranchKind:
+        """What makes two at one site different."""
+        return branch_kind(self.form, self.settings)
+
+
+def branch_kind(form: str, settings: Mapping[str, str | int]) -> BranchKind:
+    """Return the kind of a branch of this form and these settings."""
+    return BranchKind(form, tuple(sorted(settings.items())))
+
+
 @dataclass(frozen=True)
 class ParameterSlot:
     """One parameter of the base that adapters may replace whole.

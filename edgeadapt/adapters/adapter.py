@@ -136,7 +136,7 @@ class Library(Protocol):
 class SiteUpdate:
     """What an adapter does at one module: y' = (y + (x A) B) * gain + offset.
 
-    a: float32[in, rank] (embedding: float32[num_embeddings, rank]; conv2d: float32[rank, in/groups, kh, kw])
+    a: float32[in, rank] (embedding: float32[num_embeddings, rank]; conv2d: float32[rank, in, kh, kw], of all groups)
     b: float32[rank, out] (conv2d: float32[out, rank, 1, 1]), scaling folded in
     gain: float32[out] or None; offset: float32[out] or None
     """
@@ -202,6 +202,21 @@ class Bottleneck:
 
 
 @dataclass(frozen=True)
+class Branch:
+    """A small network beside a module that is no bottleneck: y' = y + form(x, y), x the module's input.
+
+    site: the module; form: what it computes, a file in `edgeadapt/quantize/forms`
+    settings: what is the graph's, not the adapter's to choose ({"activation": "relu"}): words and whole numbers
+    tensors: what was trained, float32 by the form's names
+    """
+
+    site: str
+    form: str
+    settings: Mapping[str, str | int]
+    tensors: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
 class Prefix:
     """What virtual tokens come to: what a decoder's key-value cache holds before the first token, layer by layer.
 
@@ -223,7 +238,7 @@ class ResolvedAdapter:
 
     `sites` maps a module path to its update; `replaced` maps a base parameter's name ("classifier.weight") to its
     new float32 value (modules_to_save), in torch's layout; `prefix` is what every text begins with, or None;
-    `bottlenecks` are networks beside the base's modules.
+    `bottlenecks` and `branches` are networks beside the base's modules.
     """
 
     name: str
@@ -232,6 +247,7 @@ class ResolvedAdapter:
     replaced: Mapping[str, Array]
     prefix: Prefix | None = None
     bottlenecks: tuple[Bottleneck, ...] = ()
+    branches: tuple[Branch, ...] = ()
 
     @property
     def parameter_count(self) -> int:
@@ -239,4 +255,6 @@ class ResolvedAdapter:
         arrays = [x for u in self.sites.values() for x in (u.a, u.b, u.gain, u.offset) if x is not None]
         prefix = () if self.prefix is None else (*self.prefix.keys, *self.prefix.values)
         of_bottlenecks = [x for bottleneck in self.bottlenecks for x in bottleneck.arrays]
-        return int(sum(np.size(x) for x in [*arrays, *self.replaced.values(), *prefix, *of_bottlenecks]))
+        of_branches = [x for branch in self.branches for x in branch.tensors.values()]
+        every = [*arrays, *self.replaced.values(), *prefix, *of_bottlenecks, *of_branches]
+        return int(sum(np.size(x) for x in every))

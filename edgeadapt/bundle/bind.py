@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
 from edgeadapt.bundle.bottlenecks import bind_bottlenecks, bottleneck_inputs, read_bottlenecks
+from edgeadapt.bundle.branches import bind_branches, branch_inputs, read_branches
 from edgeadapt.bundle.manifest import BaseModule, Manifest
 from edgeadapt.bundle.prefix import check_prefix, is_prefix_tensor, prefix_of, prefix_tensors
 from edgeadapt.bundle.rules import TERMS
@@ -49,6 +50,7 @@ def _placed(resolved: ResolvedAdapter, manifest: Manifest) -> dict[str, Array]:
         _check_update(resolved.name, site, update, modules[site])
         result |= _bind_site(resolved.name, slots[site], update)
     result |= bind_bottlenecks(resolved, manifest)
+    result |= bind_branches(resolved, manifest)
     result |= _bind_parameters(resolved, manifest, modules)
     if resolved.prefix is not None:
         check_prefix(resolved.name, resolved.prefix, manifest)
@@ -82,7 +84,7 @@ def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> Resolv
     replaced: dict[str, Array] = {}
     places = {input_: (slot.site, term) for slot in manifest.slots for term, input_ in slot.inputs.items()}
     parameters = {slot.input: slot.parameter for slot in manifest.parameters}
-    beside = bottleneck_inputs(manifest)
+    beside = {**bottleneck_inputs(manifest), **branch_inputs(manifest)}
     for input_, value in inputs.items():
         if is_prefix_tensor(input_):
             continue
@@ -101,6 +103,7 @@ def unbind(name: str, inputs: Mapping[str, Array], manifest: Manifest) -> Resolv
         *(name, "" if record is None else record.kind, updates, replaced),
         prefix=prefix_of(name, inputs),
         bottlenecks=read_bottlenecks(name, inputs, manifest),
+        branches=read_branches(inputs, manifest),
     )
 
 
@@ -181,7 +184,7 @@ def _check_low_rank(adapter: str, a: Array, b: Array, module: BaseModule) -> Non
     a_shape: tuple[int, ...] = (module.in_features, rank)
     b_shape: tuple[int, ...] = (rank, out)
     if module.type == "conv2d":
-        a_shape, b_shape = (rank, *module.weight_shape[1:]), (out, rank, 1, 1)
+        a_shape, b_shape = (rank, module.in_features, *module.weight_shape[2:]), (out, rank, 1, 1)
     elif module.type == "embedding":
         a_shape = (module.weight_shape[0], rank)
     _check_shape(adapter, f"A of module {module.path!r}", a, a_shape)

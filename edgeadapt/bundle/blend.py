@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.bottlenecks import blend_bottlenecks
+from edgeadapt.bundle.branches import refuse_branches
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.prefix import is_prefix_tensor
 from edgeadapt.bundle.rules import slot_inputs
@@ -42,13 +43,15 @@ def blend(parts: Sequence[Part], manifest: Manifest, defaults: Mapping[str, Arra
 
     Raises:
         BundleError: if a weight is not finite, an input unknown, replaced parameters have different shapes or no
-            known default, the blended gain is 0 where B would have to be divided by it, or an adapter has a prefix.
+            known default, the blended gain is 0 where B would have to be divided by it, or an adapter has a prefix or
+            a branch.
     """
     _check_parts(parts, manifest)
     used = [(weight, inputs) for weight, inputs in parts if weight != 0]
     if len(used) == 1 and used[0][0] == 1:
         return {name: np.asarray(value, np.float32) for name, value in sorted(used[0][1].items())}
     _refuse_prefixes(used)
+    refuse_branches([inputs for _, inputs in used], manifest)
     result: dict[str, Array] = {}
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
         for slot in manifest.slots:

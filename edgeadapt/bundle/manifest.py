@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgeadapt.slots import BottleneckSlot, GraphRecord, Joined, ParameterSlot, Slot
+from edgeadapt.slots import BottleneckSlot, BranchSlot, GraphRecord, Joined, ParameterSlot, Slot
 
 SCHEMA = "edgeadapt.bundle/1"
 
@@ -121,7 +121,7 @@ class Manifest:
     """Everything a reader must know of a bundle. JSON of exactly these fields; unknown ones are refused.
 
     joined: slots whose modules share a branch in a graph
-    bottlenecks: where adapters can have small networks beside the base's modules
+    bottlenecks, branches: where adapters can have small networks beside the base's modules
     merged: the adapter that was merged into the weights, or None
     quantization: the record that `quantize` returned; parity and quality: what was measured against torch (see
         edgeadapt.quality); generation: the fields of DecoderSpec, or None
@@ -147,5 +147,6 @@ class Manifest:
     labels: tuple[str, ...] = ()
     joined: tuple[Joined, ...] = ()
     bottlenecks: tuple[BottleneckSlot, ...] = ()
+    branches: tuple[BranchSlot, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     digest: str = ""

@@ -11,6 +11,7 @@ from typing import Any
 
 from edgeadapt.bundle.base import base_fingerprint
 from edgeadapt.bundle.bottlenecks import bottleneck_inputs, check_bottleneck_slot
+from edgeadapt.bundle.branches import branch_inputs, check_branch_slot
 from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, Manifest
 from edgeadapt.bundle.names import ADAPTER_FILES, PATCH_FILE, check_adapter_name, check_file_path
 from edgeadapt.bundle.prefix import is_prefix_tensor
@@ -101,7 +102,7 @@ def slot_inputs(manifest: Manifest) -> dict[str, str]:
     """Return what each adapter input belongs to: input name to site or parameter name."""
     inputs = {name: slot.site for slot in manifest.slots for name in slot.inputs.values()}
     inputs |= {name: "+".join(joined.sites) for joined in manifest.joined for name in joined.inputs.values()}
-    inputs |= bottleneck_inputs(manifest)
+    inputs |= bottleneck_inputs(manifest) | branch_inputs(manifest)
     return inputs | {parameter.input: parameter.parameter for parameter in manifest.parameters}
 
 
@@ -166,7 +167,8 @@ def _check_graphs(manifest: Manifest, where: str) -> None:
         raise _broken(where, f"graph file {path!r} is in {place}")
     if manifest.merged is not None:
         filled = [role for role, graph in manifest.graphs.items() if graph.slots is not None]
-        if filled or manifest.slots or manifest.parameters or manifest.bottlenecks or manifest.adapters:
+        taken = (manifest.slots, manifest.parameters, manifest.bottlenecks, manifest.branches, manifest.adapters)
+        if filled or any(taken):
             raise _broken(where, f"adapter {manifest.merged!r} is merged, so there can be no slots and no adapters")
 
 
@@ -184,6 +186,7 @@ def _check_slots(manifest: Manifest, where: str) -> None:
             raise _broken(where, f"parameter slot {parameter.parameter!r} has the shape {list(parameter.shape)}")
         _check_roles(parameter.parameter, parameter.graphs, manifest, where)
     _check_bottlenecks(manifest, where)
+    _check_branches(manifest, where)
     for joined in manifest.joined:
         _check_joined(joined, manifest, where)
 
@@ -195,6 +198,16 @@ def _check_bottlenecks(manifest: Manifest, where: str) -> None:
         _check_choice(where, f"reads of bottleneck slot {slot.site!r}", slot.reads, BOTTLENECK_READS)
         _check_choice(where, f"activation of bottleneck slot {slot.site!r}", slot.activation, BOTTLENECK_ACTIVATIONS)
         problem = check_bottleneck_slot(slot, features)
+        if problem is not None:
+            raise _broken(where, problem)
+        _check_roles(slot.site, slot.graphs, manifest, where)
+
+
+def _check_branches(manifest: Manifest, where: str) -> None:
+    modules = {module.path for module in manifest.base.modules}
+    _check_unique(where, "branch slot", (slot.kind.prefix(slot.site) for slot in manifest.branches))
+    for slot in manifest.branches:
+        problem = check_branch_slot(slot, modules)
         if problem is not None:
             raise _broken(where, problem)
         _check_roles(slot.site, slot.graphs, manifest, where)
@@ -239,6 +252,7 @@ def _check_inputs(manifest: Manifest, where: str) -> None:
         _check_unique(where, f"joined module of graph {role!r}", (site for joined in found for site in joined.sites))
         slots += [name for joined in found for name in joined.inputs.values() if name not in slots]
     beside = [name for slot in manifest.bottlenecks for name in slot.inputs.values()]
+    beside += [name for slot in manifest.branches for name in slot.inputs.values()]
     names = [*slots, *beside, *(parameter.input for parameter in manifest.parameters)]
     _check_unique(where, "adapter input", names)
     for name in names:

@@ -61,7 +61,7 @@ def merge(base: BaseModel, resolved: ResolvedAdapter) -> BaseModel:
 
 
 def check_linear(resolved: ResolvedAdapter) -> None:
-    """Refuse an adapter with bottlenecks: no weight gives what they give.
+    """Refuse an adapter with bottlenecks or other branches: no weight gives what they give.
 
     Raises:
         MergeError: if there is one.
@@ -70,6 +70,12 @@ def check_linear(resolved: ResolvedAdapter) -> None:
         raise MergeError(
             f"adapter {resolved.name!r} cannot be merged: it has bottlenecks ({resolved.bottlenecks[0].site!r} first), "
             f"whose activation ({resolved.bottlenecks[0].activation}) is not linear, so they fold into no weight",
+            hint="export without --merge; the adapter then stays beside the base and can be swapped",
+        )
+    if resolved.branches:
+        raise MergeError(
+            f"adapter {resolved.name!r} cannot be merged: it has networks of its own ({resolved.branches[0].form} "
+            f"beside {resolved.branches[0].site!r} first), which fold into no weight",
             hint="export without --merge; the adapter then stays beside the base and can be swapped",
         )
 

@@ -78,6 +78,10 @@ def adapted_module(base: BaseModel, adapter: Adapter) -> nn.Module:
         from edgeadapt.merging.adapterhub import hub_module
 
         return hub_module(base, adapter)
+    if adapter.layout == "edgeadapt":
+        from edgeadapt.merging.own_layout import own_module
+
+        return own_module(base, adapter)
     if adapter.layout not in _RUN_BY_PEFT:
         raise MergeError(
             f"adapter {adapter.name!r} is in the layout {adapter.layout!r}, whose library cannot be run here",

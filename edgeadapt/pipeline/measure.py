@@ -69,7 +69,7 @@ def prune_adapters(job: Job, session: Session, prune_kl: float, progress: Progre
     A prefix has neither, and stays as it is.
 
     Raises:
-        QuantizeError: if an adapter has bottlenecks.
+        QuantizeError: if an adapter has bottlenecks or other branches.
     """
     from edgeadapt.export.sensitivity import collect_sensitivity
     from edgeadapt.quality.pruning import prune
@@ -78,6 +78,11 @@ def prune_adapters(job: Job, session: Session, prune_kl: float, progress: Progre
         if adapter.bottlenecks:
             raise QuantizeError(
                 f"adapter {adapter.name!r} has bottlenecks, which cannot be pruned: only low-rank terms can",
+                hint="leave out --prune-kl",
+            )
+        if adapter.branches:
+            raise QuantizeError(
+                f"adapter {adapter.name!r} has networks of its own, which cannot be pruned: only low-rank terms can",
                 hint="leave out --prune-kl",
             )
     seen, judged = (cases_of(job, part, TOKENS_PER_TEXT) for part in (split(job.samples)[0], job.measured))

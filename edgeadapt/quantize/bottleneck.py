@@ -66,7 +66,7 @@ class Bottlenecks:
         for stage in sorted({kind.stage for kind in self._wanted[site]}):
             result = y
             for kind in sorted(kind for kind in self._wanted[site] if kind.stage == stage):
-                v = _read(nodes, marker, y, kind.reads, site)
+                v = read_beside(nodes, marker, y, kind.reads, site)
                 added = self._branch(nodes, v, kind, site, modules[site].out_features)
                 result = _append(nodes, "Add", [result, added])
             y = result
@@ -82,7 +82,7 @@ class Bottlenecks:
         if kind.fused:
             v = _append(nodes, "Unsqueeze", [v, _integers(nodes, 1)])
         narrow = _append(nodes, "Add", [_append(nodes, "MatMul", [v, down]), down_bias])
-        narrow = _activate(nodes, narrow, kind.activation)
+        narrow = activate(nodes, narrow, kind.activation)
         wide = _append(nodes, "Add", [_append(nodes, "MatMul", [narrow, up]), up_bias])
         return _attend(nodes, query, narrow, wide, keys) if kind.fused else wide
 
@@ -133,8 +133,8 @@ def _integers(nodes: list[ir.Node], *values: int) -> ir.Value:
     return _append(nodes, "Constant", [], value=ir.tensor(np.array(values, np.int64)))
 
 
-def _read(nodes: list[ir.Node], marker: ir.Node, y: ir.Value, reads: str, site: str) -> ir.Value:
-    """Return what a bottleneck reads."""
+def read_beside(nodes: list[ir.Node], marker: ir.Node, y: ir.Value, reads: str, site: str) -> ir.Value:
+    """Return what a network beside a module reads: its output, the residual, their sum, or its norm."""
     if reads == "output":
         return y
     node, residual = _sum_behind(marker.outputs[0], site)
@@ -178,7 +178,8 @@ def _copy(nodes: list[ir.Node], node: ir.Node, inputs: Sequence[ir.Value | None]
     return copied.outputs[0]
 
 
-def _activate(nodes: list[ir.Node], x: ir.Value, activation: str) -> ir.Value:
+def activate(nodes: list[ir.Node], x: ir.Value, activation: str) -> ir.Value:
+    """Draw an activation by its name (`BOTTLENECK_ACTIVATIONS`)."""
     if activation == "linear":
         return x
     if activation in ("silu", "quick_gelu"):

@@ -17,8 +17,9 @@ from edgeadapt.adapters.adapter import TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import ADAPTER_SITE, MARKER_DOMAIN, PARAMETER_SITE
 from edgeadapt.quantize.bottleneck import Bottlenecks
+from edgeadapt.quantize.branches import Branches
 from edgeadapt.quantize.join import joined_name, sites_of
-from edgeadapt.slots import ROWWISE_TYPES, BottleneckKind
+from edgeadapt.slots import ROWWISE_TYPES, BottleneckKind, BranchKind
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class Lowered:
     terms: per module the terms that it takes ("a", "b", "gain", "offset"); modules of a joined product take the same
     joined: the modules of each joined product that takes adapters, in the order of their outputs
     parameters: names of the parameters that can be replaced
-    bottlenecks: per module the kinds of bottleneck that can be beside it
+    bottlenecks, branches: per module the kinds of bottleneck, and of other networks, that can be beside it
     """
 
     terms: Mapping[str, frozenset[str]]
     joined: tuple[tuple[str, ...], ...]
     parameters: tuple[str, ...]
     bottlenecks: Mapping[str, frozenset[BottleneckKind]] = field(default_factory=dict)
+    branches: Mapping[str, frozenset[BranchKind]] = field(default_factory=dict)
 
 
 def lower(
@@ -45,6 +47,7 @@ def lower(
     modules: Mapping[str, TargetModule],
     *,
     bottlenecks: Mapping[str, frozenset[BottleneckKind]] | None = None,
+    branches: Mapping[str, frozenset[BranchKind]] | None = None,
 ) -> Lowered:
     """Replace every marker of `model` in place; return what became inputs.
 
@@ -55,13 +58,15 @@ def lower(
         flexible: those of them whose axis 0 may differ between adapters.
         modules: the base's modules by path.
         bottlenecks: the kinds of bottleneck that adapters have beside a module, per site.
+        branches: the kinds of other networks that they have there.
 
     Raises:
-        ExportError: if there is no place for a bottleneck in the graph.
+        ExportError: if there is no place for a bottleneck or a branch in the graph.
     """
     graph = model.graph
     lowering = _Lowering(graph)
     beside = Bottlenecks(bottlenecks or {}, lowering.add_input)
+    further = Branches(branches or {}, lowering.add_input)
     for node in list(graph):
         if node.domain != MARKER_DOMAIN:
             continue
@@ -74,16 +79,17 @@ def lower(
             varies = f"{sites[0]}.weight" in flexible & replaced
             result = lowering.site(node, sites, terms, modules, varies=varies) if terms else _given(node, 1)
             result = beside.add(graph, node, sites, result, modules)
+            result = further.add(graph, node, sites, result, modules)
         else:
             raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
         _replace(graph, node, result)
     model.opset_imports.pop(MARKER_DOMAIN, None)
     _drop_unused(graph)
-    if beside.found:
+    if beside.found or further.found:
         graph.sort()  # what a bottleneck reads beside its module's output may have been computed after it
-    if lowering.terms or lowering.parameters or beside.found:
+    if lowering.terms or lowering.parameters or beside.found or further.found:
         _forget_shapes(graph, flexible & set(lowering.parameters))
-    return Lowered(lowering.terms, tuple(lowering.joined), tuple(lowering.parameters), beside.found)
+    return Lowered(lowering.terms, tuple(lowering.joined), tuple(lowering.parameters), beside.found, further.found)
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:

@@ -17,15 +17,19 @@ import onnx_ir as ir
 from edgeadapt.adapters.adapter import ResolvedAdapter, TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import Graph
+from edgeadapt.quantize.branches import branch_shapes
 from edgeadapt.quantize.join import join_products, joined_name
 from edgeadapt.quantize.lower import Lowered, lower
 from edgeadapt.slots import (
     BottleneckKind,
     BottleneckSlot,
+    BranchKind,
+    BranchSlot,
     GraphRecord,
     Joined,
     ParameterSlot,
     Slot,
+    branch_kind,
 )
 
 WEIGHTS = "weights.bin"
@@ -41,6 +45,7 @@ class Packed:
     slots: tuple[Slot, ...]
     parameters: tuple[ParameterSlot, ...]
     joined: tuple[Joined, ...]
+    branches: tuple[BranchSlot, ...]
     bottlenecks: tuple[BottleneckSlot, ...]
 
 
@@ -65,7 +70,7 @@ def pack(
         ExportError: if a site or parameter of an adapter is in no graph.
     """
     wanted = _wanted(adapters)
-    beside = _beside(adapters)
+    beside, further = _beside(adapters), _further(adapters)
     replaced = {name for adapter in adapters for name in adapter.replaced}
     flexible = set(flexible)
     target = folder / "graph"
@@ -83,15 +88,19 @@ def pack(
             _save(model, target / f"{role}.plain.onnx", store)
             slots_name = None
             if slots_model is not None:
-                lowered[role] = lower(slots_model, wanted, replaced, flexible, modules, bottlenecks=beside)
-                if lowered[role].terms or lowered[role].parameters or lowered[role].bottlenecks:
+                lowered[role] = found = lower(
+                    *(slots_model, wanted, replaced, flexible, modules), bottlenecks=beside, branches=further
+                )
+                if found.terms or found.parameters or found.bottlenecks or found.branches:
                     slots_name = f"graph/{role}.slots.onnx"
                     _save(slots_model, target / f"{role}.slots.onnx", store)
             files[role] = GraphRecord(f"graph/{role}.plain.onnx", slots_name, inputs, outputs)
     terms = {site: used for found in lowered.values() for site, used in found.terms.items()}
     parameters = {name for found in lowered.values() for name in found.parameters}
     found_beside = {site for found in lowered.values() for site in found.bottlenecks}
-    _all_found((set(wanted) - set(terms)) | (set(beside) - found_beside), replaced - parameters)
+    found_further = {site for found in lowered.values() for site in found.branches}
+    missing = (set(wanted) - set(terms)) | (set(beside) - found_beside) | (set(further) - found_further)
+    _all_found(missing, replaced - parameters)
     return Packed(
         graphs=files,
         slots=tuple(
@@ -111,6 +120,11 @@ def pack(
             Joined(role, sites, _inputs(joined_name(sites), found.terms[sites[0]]))
             for role, found in lowered.items()
             for sites in found.joined
+        ),
+        branches=tuple(
+            _branch([role for role in lowered if site in lowered[role].branches], kind, modules[site])
+            for site in sorted(found_further)
+            for kind in sorted(further[site])
         ),
         bottlenecks=tuple(
             _bottleneck([role for role in lowered if site in lowered[role].bottlenecks], kind, modules[site])
@@ -144,6 +158,21 @@ def _bottleneck(roles: list[str], kind: BottleneckKind, module: TargetModule) ->
     reads, activation, normalized, stage, fused = kind
     size = module.out_features
     return BottleneckSlot(module.path, tuple(roles), reads, activation, normalized, size, inputs, stage, fused)
+
+
+def _further(adapters: Sequence[ResolvedAdapter]) -> dict[str, frozenset[BranchKind]]:
+    """Return the kinds of branch that any adapter has, per site."""
+    kinds: dict[str, set[BranchKind]] = {}
+    for adapter in adapters:
+        for branch in adapter.branches:
+            kinds.setdefault(branch.site, set()).add(branch_kind(branch.form, branch.settings))
+    return {site: frozenset(found) for site, found in kinds.items()}
+
+
+def _branch(roles: list[str], kind: BranchKind, module: TargetModule) -> BranchSlot:
+    shapes = branch_shapes(kind, module)
+    inputs = {term: f"{kind.prefix(module.path)}.{term}" for term in shapes}
+    return BranchSlot(module.path, tuple(roles), kind.form, dict(kind.settings), inputs, shapes)
 
 
 def _all_found(sites: set[str], parameters: set[str]) -> None:

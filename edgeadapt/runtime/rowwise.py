@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.bottlenecks import bottleneck_inputs
+from edgeadapt.bundle.branches import branch_inputs
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.runtime.cache import AdapterKey
 from edgeadapt.runtime.ort import Binding, Rows, Tensor, TensorInfo
@@ -119,10 +120,12 @@ def obstacle(names: set[str], inputs: Mapping[str, TensorInfo], manifest: Manife
     """
     kinds = {name: (slot.site, slot.type) for slot in manifest.slots for name in slot.inputs.values()}
     kinds |= {name: ("+".join(joined.sites), "linear") for joined in manifest.joined for name in joined.inputs.values()}
-    beside = bottleneck_inputs(manifest)
+    beside, branches = bottleneck_inputs(manifest), branch_inputs(manifest)
     for name in sorted(names):
         if name in beside:
             return f"a bottleneck beside module {beside[name]!r} is one for all rows"
+        if name in branches:
+            return f"a network beside module {branches[name]!r} is one for all rows"
         if name not in kinds:
             return f"parameter {name!r} is replaced whole, for all rows at once"
         site, kind = kinds[name]

@@ -22,6 +22,7 @@ MANIFEST = SimpleNamespace(
     joined=(Joined("decoder", ("p", "q"), {"a": "p+q.A", "b": "p+q.B", "gain": "p+q.g"}),),
     parameters=(ParameterSlot("head.weight", ("decoder",), "head.weight", (3, 4)),),
     bottlenecks=(BottleneckSlot("f", ("decoder",), "output", "relu", False, 4, {"down": "f.down", "up": "f.up"}),),
+    branches=(),
 )
 
 

@@ -1,0 +1,130 @@
+"""Branches beside modules of one slots graph: y' = y + form(x, y), a form being a file in `forms/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeadapt import registry
+from edgeadapt.adapters.adapter import TargetModule
+from edgeadapt.errors import ExportError
+from edgeadapt.export.graph import ADAPTER_SITE
+from edgeadapt.quantize.drawing import OUTPUTS, Place
+from edgeadapt.slots import BranchKind
+
+AddInput = Callable[[str, Any, Sequence[int | str]], ir.Value]
+
+FORMS = "edgeadapt.quantize.forms"
+_ACTIVATIONS = ("Relu", "Gelu", "Tanh", "Sigmoid", "LeakyRelu", "HardSwish", "Clip")
+_PASSED = ("BatchNormalization", ADAPTER_SITE)
+Shapes = Mapping[str, tuple[int | str, ...]]
+
+
+def form_module(form: str) -> ModuleType:
+    """Return the module of a form.
+
+    Raises:
+        ExportError: there is no such form.
+    """
+    return registry.load(FORMS, form, ExportError)
+
+
+def branch_shapes(kind: BranchKind, module: TargetModule) -> Shapes:
+    """Return the shape of each term, with names for axes whose lengths are the adapter's to choose."""
+    shapes: Shapes = form_module(kind.form).shapes(module, dict(kind.settings))
+    return shapes
+
+
+class Branches:
+    """Adds the branches of one slots graph.
+
+    found: the kinds at each module that has any
+    """
+
+    def __init__(self, wanted: Mapping[str, frozenset[BranchKind]], add_input: AddInput) -> None:
+        self._wanted = wanted
+        self._add_input = add_input
+        self._inputs: dict[str, dict[str, ir.Value]] = {}
+        self.found: dict[str, frozenset[BranchKind]] = {}
+
+    def add(
+        self,
+        graph: ir.Graph,
+        marker: ir.Node,
+        sites: tuple[str, ...],
+        y: ir.Value,
+        modules: Mapping[str, TargetModule],
+    ) -> ir.Value:
+        """Return `y`, what lies behind `marker` so far, with all branches of its module added; each reads y itself.
+
+        Raises:
+            ExportError: if the module is computed together with others.
+        """
+        site = next((site for site in sites if site in self._wanted), None)
+        if site is None:
+            return y
+        if len(sites) > 1:
+            raise ExportError(
+                f"module {site} is computed together with {', '.join(other for other in sites if other != site)}, and "
+                "an adapter has a network there alone",
+                hint="export with --quantize fp16 or none, which join no products",
+            )
+        self.found[site] = self._wanted[site]
+        nodes: list[ir.Node] = []
+        result, x = y, marker.inputs[0]
+        assert x is not None  # a marker has all its inputs
+        for kind in sorted(self._wanted[site]):
+            place = Place(modules[site], marker, x, y, self._terms(kind, modules[site]), dict(kind.settings), nodes)
+            added = form_module(kind.form).draw(place)
+            if place.settings.get("adds") == "activated":
+                _add_behind_activation(graph, marker, added, site)
+            else:
+                result = place.add("Add", [result, added])
+        graph.insert_before(marker, nodes)
+        return result
+
+    def _terms(self, kind: BranchKind, module: TargetModule) -> dict[str, ir.Value]:
+        """Return the optional inputs: zeros, and none of them along an axis that has a name, are the identity.
+
+        One output stands for any number.
+        """
+        prefix = kind.prefix(module.path)
+        if prefix not in self._inputs:
+            self._inputs[prefix] = {
+                term: self._add_input(
+                    f"{prefix}.{term}",
+                    np.zeros([_default_length(axis) for axis in shape], np.float32),
+                    [f"{prefix}.{axis}" if isinstance(axis, str) else axis for axis in shape],
+                )
+                for term, shape in branch_shapes(kind, module).items()
+            }
+        return self._inputs[prefix]
+
+
+def _default_length(axis: int | str) -> int:
+    if isinstance(axis, int):
+        return axis
+    return 1 if axis == OUTPUTS else 0
+
+
+def _add_behind_activation(graph: ir.Graph, marker: ir.Node, added: ir.Value, site: str) -> None:
+    """Add a value to what the norm and the activation behind a module make of its output."""
+    node = marker
+    while node.op_type not in _ACTIVATIONS:
+        users = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
+        if len(users) != 1 or users[0].op_type not in (*_ACTIVATIONS, *_PASSED):
+            raise ExportError(
+                f"the graph has no activation behind module {site}, to whose result an adapter adds",
+                hint="this architecture is not supported yet for adapters of this kind",
+            )
+        node = users[0]
+    value = node.outputs[0]
+    uses = list(value.uses())
+    total = ir.node("Add", [value, added])
+    for user, index in uses:
+        user.replace_input_with(index, total.outputs[0])
+    graph.insert_after(node, total)

@@ -1,0 +1,131 @@
+"""Adapters that no library trains, as small torch modules after their papers, and their folders in edgeadapt's layout.
+
+Each class is one paper's module; `Beside` and the others put it into a tiny model as the paper says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+
+class ConvAdapter(nn.Module):
+    """Chen et al., "Conv-Adapter", arXiv 2208.07463: alpha (W_up (1x1) * f(W_down (k x k, depth-wise) * h))."""
+
+    def __init__(self, channels: int, width: int, out: int | None = None, kernel: int = 3, stride: int = 1) -> None:
+        super().__init__()
+        out = out or channels
+        self.conv1 = nn.Conv2d(channels, width, kernel, stride=stride, padding=kernel // 2, groups=width)
+        self.conv2 = nn.Conv2d(width, out, 1)
+        self.se = nn.Parameter(torch.ones(1, out, 1, 1))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return self.conv2(torch.relu(self.conv1(h))) * self.se
+
+
+class ClipAdapter(nn.Module):
+    """Gao et al., "CLIP-Adapter", arXiv 2110.04544, eq. 3 to 5: A(f) = relu(relu(f W1) W2), a A(f) + (1 - a) f."""
+
+    def __init__(self, features: int, ratio: float, reduction: int = 4) -> None:
+        super().__init__()
+        self.ratio = ratio
+        width = features // reduction
+        self.fc = nn.Sequential(
+            nn.Linear(features, width, bias=False), nn.ReLU(), nn.Linear(width, features, bias=False), nn.ReLU()
+        )
+
+    def forward(self, f: torch.Tensor) -> torch.Tensor:
+        return self.ratio * self.fc(f) + (1 - self.ratio) * f
+
+
+class LinearAdapter(nn.Module):
+    """NeMo's LinearAdapter on Conformer blocks (norm first, no biases): LN, Linear, swish, Linear, and the residual."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.down = nn.Linear(features, width, bias=False)
+        self.up = nn.Linear(width, features, bias=False)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.up(nn.functional.silu(self.down(self.norm(h))))
+
+
+class HoulsbyAdapter(nn.Module):
+    """Houlsby et al., arXiv 1902.00751, section 2.1, as VL-Adapter (arXiv 2112.06825) has it: h + U f(D h), biases."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(features, width)
+        self.up = nn.Linear(width, features)
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return h + self.up(nn.functional.gelu(self.down(h)))
+
+
+class Behind(nn.Module):
+    """A module of the base, and an adapter that takes its output's place."""
+
+    def __init__(self, inner: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.adapter = adapter
+
+    @property
+    def weight(self) -> torch.Tensor:  # T5 looks at its layers' weights
+        return self.inner.weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return self.adapter(self.inner(*args, **kwargs))
+
+
+class Parallel(nn.Module):
+    """A module of the base, and an adapter of the same input whose output is added."""
+
+    def __init__(self, inner: nn.Module, adapter: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.adapter = adapter
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) + self.adapter(x)
+
+
+def replace(model: nn.Module, path: str, make: Callable[[nn.Module], nn.Module]) -> None:
+    """Put what `make` makes of a module in its place."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
+
+
+def randomized(module: nn.Module, seed: int, scale: float = 0.3) -> nn.Module:
+    """Return a module with random values everywhere, large enough to matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+    return module.eval()
+
+
+def save(
+    folder: Path,
+    kind: str,
+    parts: Mapping[str, nn.Module],
+    *,
+    whole: Mapping[str, nn.Module] | None = None,
+    **settings: Any,
+) -> Path:
+    """Write a folder in edgeadapt's layout: the state of one module at each path, and modules saved whole."""
+    folder.mkdir(parents=True)
+    tensors = {f"{path}.{key}": value for path, module in parts.items() for key, value in module.state_dict().items()}
+    saved = whole or {}
+    tensors |= {f"{path}.{key}": value for path, module in saved.items() for key, value in module.state_dict().items()}
+    config = {"edgeadapt_type": kind, "modules": list(parts), "modules_to_save": list(saved), **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({key: value.detach().contiguous() for key, value in tensors.items()}, folder / "adapter.safetensors")
+    return folder
