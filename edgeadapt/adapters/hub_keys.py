@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 from edgeadapt.adapters.adapter import Adapter, TensorRef
@@ -9,11 +10,19 @@ from edgeadapt.errors import AdapterError
 
 CONTAINERS = ("adapters", "loras", "shared_parameters", "invertible_adapters", "prefix_tunings", "prefix_gates")
 """Where a model keeps its adapters by name, as far as the kinds of adapter that are read have any."""
+FUSIONS = "adapter_fusion_layer"
+"""Where a model keeps its fusions by name."""
+
+
+def key_without(name: str, key: str, containers: Collection[str] = CONTAINERS) -> str | None:
+    """Return a saved tensor's key without the name of its adapter, None if it does not hold it behind a container."""
+    match = re.fullmatch(rf"((?:.+\.)?(?:{'|'.join(containers)}))\.{re.escape(name)}\.(.+)", key)
+    return None if match is None else f"{match[1]}.{match[2]}"
 
 
 def is_of_head(key: str) -> bool:
     """Tell whether a normalized key is of a prediction head."""
-    return not is_in(CONTAINERS, key)
+    return not is_in((*CONTAINERS, FUSIONS), key)
 
 
 def is_in(containers: Collection[str], key: str) -> bool:

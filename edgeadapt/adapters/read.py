@@ -28,9 +28,18 @@ def read_adapters(path: Path) -> tuple[Adapter, ...]:
     """
     path = Path(path)
     layouts = [registry.load(LAYOUTS, name, AdapterError) for name in registry.names(LAYOUTS)]
-    found = adapter_folders(path, lambda folder: any(layout.holds(folder) for layout in layouts))
+    if any(getattr(layout, "is_whole", _never)(path) for layout in layouts):
+        found: tuple[tuple[str, Path], ...] = ((path.resolve().name, path),)
+    else:
+        found = adapter_folders(path, lambda folder: any(layout.holds(folder) for layout in layouts))
     adapters = [_layout_of(folder, layouts).read(name, folder, path) for name, folder in found]
     return tuple(adapter for one in adapters for adapter in _expanded(one))
+
+
+def _never(folder: Path) -> bool:
+    """Stand for a layout in which sub-folders hold adapters of their own."""
+    del folder
+    return False
 
 
 def _layout_of(folder: Path, layouts: list[ModuleType]) -> ModuleType:

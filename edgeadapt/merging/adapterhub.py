@@ -15,6 +15,7 @@ from torch import nn
 
 from edgeadapt.adapters.adapter import Adapter
 from edgeadapt.adapters.hub_heads import resolve_head
+from edgeadapt.adapters.hub_keys import CONTAINERS, FUSIONS, key_without
 from edgeadapt.errors import MergeError
 from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.merging.graft import follow_rows, owner_of, set_parameter, share
@@ -40,13 +41,7 @@ def hub_module(base: BaseModel, adapter: Adapter) -> nn.Module:
     with quiet(), _calm():
         try:
             library.init(module)
-            path = str(adapter.path)
-            safe = (Path(adapter.path) / "adapter.safetensors").is_file()
-            options = {"with_head": False} if _has_heads(module) else {}
-            model: Any = module
-            _add_without_depth(model, adapter)
-            model.load_adapter(path, load_as=NAME, set_active=True, use_safetensors=safe, **options)
-            model.set_active_adapters(NAME)
+            _load(module, adapter)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise MergeError(
@@ -59,6 +54,37 @@ def hub_module(base: BaseModel, adapter: Adapter) -> nn.Module:
     _prove_loaded(module, base, adapter, head)
     module.eval().requires_grad_(requires_grad=False)
     return module
+
+
+def _load(model: Any, adapter: Adapter) -> None:
+    """Load and activate an adapter, or each of a composition under the name that it was saved with."""
+    options = {"with_head": False} if _has_heads(model) else {}
+    parts = parts_of(adapter)
+    for name, part in parts.items():
+        safe = (Path(part.path) / "adapter.safetensors").is_file()
+        _add_without_depth(model, part, name)
+        model.load_adapter(str(part.path), load_as=name, use_safetensors=safe, **options)
+    if "setup" not in adapter.config:
+        model.set_active_adapters(NAME)
+        return
+    from adapters.composition import AdapterCompositionBlock  # type: ignore[import-untyped]
+
+    for fusion in adapter.config["fusions"].values():
+        safe = (fusion["folder"] / "model_adapter_fusion.safetensors").is_file()
+        model.load_adapter_fusion(str(fusion["folder"]), set_active=False, use_safetensors=safe, **options)
+    model.set_active_adapters(AdapterCompositionBlock.from_dict(_saved(adapter.config["setup"])))
+
+
+def parts_of(adapter: Adapter) -> dict[str, Adapter]:
+    """Return the adapters that make up one, by the name that they are loaded under."""
+    return dict(adapter.config["parts"]) if "setup" in adapter.config else {NAME: adapter}
+
+
+def _saved(node: Any) -> dict[str, Any]:
+    """Return a composition as the library saves it."""
+    if isinstance(node, str):
+        return {"type": "single", "children": [node]}
+    return {**node, "children": [_saved(child) for child in node["children"]]}
 
 
 @contextlib.contextmanager
@@ -107,7 +133,7 @@ def _is_of_head(adapter: Adapter, key: str) -> bool:
     return key.rpartition(".")[0] in saved
 
 
-def _add_without_depth(model: Any, adapter: Adapter) -> None:
+def _add_without_depth(model: Any, adapter: Adapter, name: str) -> None:
     """Make room for an adapter that was trained with stochastic depth, without that.
 
     It does nothing after training, and the library would ask for torchvision.
@@ -116,7 +142,7 @@ def _add_without_depth(model: Any, adapter: Adapter) -> None:
     if settings.get("stochastic_depth"):
         from adapters import AdapterConfig
 
-        model.add_adapter(NAME, config=AdapterConfig.load({**settings, "stochastic_depth": 0.0}))
+        model.add_adapter(name, config=AdapterConfig.load({**settings, "stochastic_depth": 0.0}))
 
 
 def _set_head(module: nn.Module, base: BaseModel, adapter: Adapter, keys: set[str]) -> None:
@@ -132,11 +158,14 @@ def _set_head(module: nn.Module, base: BaseModel, adapter: Adapter, keys: set[st
 def _prove_loaded(module: nn.Module, base: BaseModel, adapter: Adapter, head: set[str]) -> None:
     """Check that every tensor of the file is in the model, with its value, and that no tensor is still fresh."""
     prefix = str(getattr(base.module, "base_model_prefix", "")) + "."
-    state = {
-        name.replace(f".{NAME}", "").removeprefix(prefix): value
-        for name, value in module.state_dict().items()
-        if f".{NAME}." in name
-    }
+    names = [*parts_of(adapter), *adapter.config.get("fusions", ())]
+    state = {}
+    for key, value in module.state_dict().items():
+        for name in names:
+            if (short := key_without(name, key, (*CONTAINERS, FUSIONS))) is not None:
+                state[short.removeprefix(prefix) + ("" if name == NAME else f"@{name}")] = value
+            elif f".{NAME}." in key:
+                state[key] = value
     saved = {key.removeprefix(prefix): tensor for key, tensor in adapter.tensors.items() if key not in head}
     absent, fresh = sorted(saved.keys() - state.keys()), sorted(state.keys() - saved.keys())
     wrong = [

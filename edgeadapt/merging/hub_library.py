@@ -7,7 +7,7 @@ from typing import Any
 
 from edgeadapt.adapters.adapter import Adapter, Array, Effective
 from edgeadapt.errors import AdapterError, MergeError
-from edgeadapt.merging.adapterhub import NAME, hub_module, running
+from edgeadapt.merging.adapterhub import NAME, hub_module, parts_of, running
 from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.merging.hub_past import hub_past
 from edgeadapt.merging.probe import NotAProductError, probe
@@ -30,10 +30,11 @@ class HubLibrary:
         """
         biases = bias_digests(self._base, self._base.modules)
         module = hub_module(self._base, adapter)
+        names = parts_of(adapter)
         layers: dict[str, Any] = {
             path: layer
             for path in self._base.modules
-            if NAME in getattr(layer := module.get_submodule(path), "loras", ())
+            if any(name in getattr(layer := module.get_submodule(path), "loras", ()) for name in names)
         }
         with running(module):
             found = {path: self._read(path, layer, adapter) for path, layer in layers.items()}
@@ -52,7 +53,7 @@ class HubLibrary:
     def _read(self, path: str, layer: Any, adapter: Adapter) -> Effective:
         try:
             now = probe(layer, self._base.modules[path], self._base.module.get_submodule(path))
-            pair = _low_rank(layer.loras[NAME])
+            pair = _low_rank(layer.loras[NAME]) if NAME in layer.loras else None
         except NotAProductError:
             raise AdapterError(
                 f"{adapter.kind} at module {path!r} depends on its input in another way than a product: its change is "

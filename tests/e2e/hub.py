@@ -13,6 +13,7 @@ import adapters
 import numpy as np
 import torch
 import transformers
+from adapters.composition import Average, Fuse, Stack
 
 from tests.e2e.tiny import DECODER, ENCODER, IMAGE
 
@@ -51,6 +52,21 @@ CONFIGS: Mapping[str, Any] = {
     "union": adapters.ConfigUnion(adapters.LoRAConfig(r=4, output_lora=True), adapters.SeqBnConfig(reduction_factor=8)),
     "union_ia3": adapters.ConfigUnion(adapters.CompacterConfig(reduction_factor=8), adapters.IA3Config()),
 }
+_BN, _WIDE, _INV = CONFIGS["seq_bn"], adapters.SeqBnConfig(reduction_factor=4), CONFIGS["seq_bn_inv"]
+SETUPS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
+    "stack": ({"language": _INV, "task": _WIDE}, Stack("language", "task")),
+    "stack_of_methods": (
+        {"h": CONFIGS["double_seq_bn"], "p": CONFIGS["seq_bn_one_layer"], "l": CONFIGS["lora"]},
+        Stack("h", "p", "l"),
+    ),
+    "stack_of_weights": ({"q": CONFIGS["dora_q"], "i": CONFIGS["ia3"]}, Stack("q", "i")),
+    "fusion": ({"a": _BN, "b": _WIDE, "c": adapters.SeqBnConfig(reduction_factor=16)}, Fuse("a", "b", "c")),
+    "fusion_static": ({"d": CONFIGS["double_seq_bn"], "e": CONFIGS["double_seq_bn"]}, Fuse("d", "e")),
+    "fusion_plus": ({"x": CONFIGS["adapterplus"], "y": CONFIGS["adapterplus"]}, Fuse("x", "y")),
+    "stack_of_fusion": ({"language": _INV, "a": _BN, "b": _WIDE}, Stack("language", Fuse("a", "b"))),
+    "average": ({"l": CONFIGS["lora"], "m": CONFIGS["lora_all"]}, Average("l", "m", weights=[0.3, 0.7])),
+}
+"""Compositions: their adapters, and how they are put together."""
 AS_PICKLE = {"normalized", "double_seq_bn", "prefix", "prefix_flat", "mam"}  # safetensors refuses what shares memory
 
 
@@ -65,7 +81,7 @@ class Family:
 
 _DISTILBERT = {"vocab_size": 128, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "num_labels": 3}
 _GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-ENCODERS = tuple(name for name in CONFIGS if name not in ("prefix", "prefix_flat", "mam"))
+ENCODERS = (*(name for name in CONFIGS if name not in ("prefix", "prefix_flat", "mam")), *SETUPS)
 _LLAMA = ("seq_bn", "double_seq_bn", "par_bn", "adapterplus", "seq_bn_inv", "lora", "lora_all", "ia3", "dora", "union")
 FAMILIES = {
     "bert": Family(transformers.BertForSequenceClassification, transformers.BertConfig(**ENCODER), ENCODERS),
@@ -85,7 +101,7 @@ FAMILIES = {
     ),
     "llama": Family(
         *(transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
-        (*_LLAMA, "prefix", "prefix_flat", "mam"),
+        (*_LLAMA, "prefix", "prefix_flat", "mam", "stack_of_methods", "stack_of_fusion", "average"),
     ),
     "vit": Family(
         *(transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE, num_labels=3)),
@@ -113,6 +129,28 @@ def save(model: Any, config: Any, folder: Path, *, name: str = "task", safe: boo
     return folder
 
 
+def save_setup(model: Any, name: str, folder: Path, *, seed: int = 1) -> Path:
+    """Let the library save a composition on `model` with random values, each adapter with a copy of the head."""
+    logging.getLogger("adapters").setLevel(logging.CRITICAL)
+    parts, setup = SETUPS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapters.init(model)
+        for part, config in parts.items():
+            model.add_adapter(part, config=config)
+        for block in (setup, *setup.children):
+            if isinstance(block, Fuse):
+                model.add_adapter_fusion(block, "static" if "static" in name else "dynamic")
+        torch.manual_seed(seed)
+        names = tuple(f".{part}." for part in (*parts, *model.adapters_config.fusions))
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if any(part in key for part in names) or _is_of_head(model, key):
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_adapter_setup(str(folder), setup, use_safetensors=True)
+    return folder
+
+
 def _is_of_head(model: Any, key: str) -> bool:
     return not key.startswith(f"{model.base_model_prefix}.") and not key.startswith("lm_head")
 
@@ -122,7 +160,9 @@ def forward(model: Any, folder: Path | None, inputs: Arrays, *, safe: bool = Tru
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         adapters.init(model)
-        if folder is not None:
+        if folder is not None and (folder / "adapter_setup.json").is_file():
+            model.load_adapter_setup(str(folder), set_active=True, use_safetensors=safe)
+        elif folder is not None:
             name = model.load_adapter(str(folder), set_active=True, use_safetensors=safe)
             model.set_active_adapters(name)
         output = model.eval()(**{key: torch.from_numpy(value) for key, value in inputs.items()})

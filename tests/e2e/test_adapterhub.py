@@ -73,6 +73,9 @@ def saved(bases: dict[str, Path]) -> Any:
     def get(family: str, name: str) -> Path:
         if (family, name) not in made:
             model, config = fresh(FAMILIES[family], bases[family]), name
+            if name in hub.SETUPS:
+                made[family, name] = hub.save_setup(model, name, bases[family].parent / name, seed=len(name))
+                return made[family, name]
             if name == FIVE:
                 model_class, options = HEADS[family]
                 model, config = model_class.from_pretrained(bases[family]), "double_seq_bn"

@@ -56,6 +56,20 @@ def resolve_bottleneck(adapter: Adapter, modules: Mapping[str, TargetModule], ba
     Raises:
         AdapterError: a layer has no tensors, a tensor has no use, or the base does not fit.
     """
+    beside, invertible = resolve_places(adapter, modules, base_name)
+    replaced = resolve_head(adapter, head_tensors(adapter), modules, base_name)
+    bottlenecks = (*beside.values(), *invertible)
+    return ResolvedAdapter(adapter.name, adapter.kind, {}, replaced, bottlenecks=bottlenecks)
+
+
+def resolve_places(
+    adapter: Adapter, modules: Mapping[str, TargetModule], base_name: str | None
+) -> tuple[dict[str, Bottleneck], tuple[Bottleneck, ...]]:
+    """Return the adapter's bottlenecks by the place that keys name, and those of its invertible part.
+
+    Raises:
+        AdapterError: a layer has no tensors, a tensor has no use, or the base does not fit.
+    """
     places = places_of(adapter)
     rows = {name: _row(place, modules, base_name) for name, place in places.items()}
     paths = {name: f"{place.layer}.{rows[name].product}" for name, place in places.items()}
@@ -65,10 +79,8 @@ def resolve_bottleneck(adapter: Adapter, modules: Mapping[str, TargetModule], ba
     for path, name in names.items():
         check_digest(adapter.base, (path, name), modules[path], base_name)
     check_unrounded(adapter.base, {path: move.to_adapter(path) or path for path in modules}, modules, base_name)
-    bottlenecks = [_bottleneck(adapter, place, rows[name], move, modules) for name, place in sorted(places.items())]
-    bottlenecks += resolve_invertible(adapter, modules, move, base_name)
-    replaced = resolve_head(adapter, head_tensors(adapter), modules, base_name)
-    return ResolvedAdapter(adapter.name, adapter.kind, {}, replaced, bottlenecks=tuple(bottlenecks))
+    found = {name: _bottleneck(adapter, place, rows[name], move, modules) for name, place in sorted(places.items())}
+    return found, resolve_invertible(adapter, modules, move, base_name)
 
 
 def _row(place: Place, modules: Mapping[str, TargetModule], base_name: str | None) -> _Row:

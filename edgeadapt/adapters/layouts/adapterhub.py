@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 from edgeadapt.adapters.adapter import Adapter, BaseReference, TensorRef
 from edgeadapt.adapters.fingerprint import FILE_NAME as FINGERPRINT
 from edgeadapt.adapters.fingerprint import find_fingerprint
-from edgeadapt.adapters.hub_keys import CONTAINERS
+from edgeadapt.adapters.hub_keys import key_without
 from edgeadapt.adapters.kind import kind_of, known_kinds
+from edgeadapt.adapters.layouts._hub_setup import FUSION, SETUP, is_setup, read_setup, setup_config
 from edgeadapt.adapters.peft_files import CONFIG, read_config
 from edgeadapt.adapters.safetensors_file import read_tensors
 from edgeadapt.adapters.torch_file import read_torch_tensors
@@ -30,8 +32,6 @@ TENSORS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_TENSORS = ("model_head.safetensors", "pytorch_model_head.bin")
 
 _OTHERS = {
-    "adapter_setup.json": "a composition of adapters (Stack, Fuse, Parallel, ...)",
-    "adapter_fusion_config.json": "a fusion of adapters",
     "adapter_interface.json": "an adapter of a model that the library knows through a plugin alone",
     "embedding.pt": "embeddings of its own",
 }
@@ -56,7 +56,9 @@ _TASKS = {
 
 
 def holds(folder: Path) -> bool:
-    """Tell whether `folder` has a config of AdapterHub's shape."""
+    """Tell whether `folder` has a config of AdapterHub's shape, or a composition of adapters."""
+    if is_setup(folder):
+        return True
     try:
         config = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -64,10 +66,42 @@ def holds(folder: Path) -> bool:
     return isinstance(config, dict) and "peft_type" not in config and {"config", "model_type"} <= config.keys()
 
 
+def is_whole(folder: Path) -> bool:
+    """Tell whether the adapters in the sub-folders of `folder` are parts of one composition."""
+    return (folder / SETUP).is_file()
+
+
 def read(name: str, folder: Path, root: Path) -> Adapter:
     """Return the adapter in `folder`; see `edgeadapt.adapters.read`."""
     _refuse_others(folder, root)
-    config, head = read_config(folder), _head_config(folder)
+    return _composition(name, folder, root) if is_setup(folder) else _single(name, folder, root)
+
+
+def _composition(name: str, folder: Path, root: Path) -> Adapter:
+    config = setup_config(folder)
+    found = kind_of("adapterhub", config)
+    assert found is not None  # there is such a kind
+    kind, _ = found
+    file = folder / (SETUP if is_whole(folder) else FUSION)
+    try:
+        warnings = kind.check(config)
+    except AdapterError as error:
+        raise AdapterError(f"{file}: {error.message}", hint=error.hint) from error
+    adapter = read_setup(name, folder, root, config, (_single, _head_in, _read_file))
+    more = kind.check_tensors(adapter)
+    return replace(adapter, warnings=(*warnings, *adapter.warnings, *more))
+
+
+def _head_in(folder: Path) -> tuple[dict[str, Any], dict[str, TensorRef]]:
+    head = _head_config(folder)
+    if head is None:
+        raise AdapterError(f"{folder} has no {HEAD_CONFIG}", hint="save the composition again with its head")
+    tensors = _head_tensors(_read_file(folder, HEAD_TENSORS), head)
+    return {"head": head, **_head_facts(head, tensors)}, tensors
+
+
+def _single(name: str, folder: Path, root: Path) -> Adapter:
+    config = read_config(folder)
     file = folder / CONFIG
     try:
         _check_shape(config)
@@ -78,10 +112,10 @@ def read(name: str, folder: Path, root: Path) -> Adapter:
     unused = sorted(config.keys() - _TOP)
     warnings += [f"{CONFIG}: {key} is not used (the library does not use it either)" for key in unused]
     tensors = _without_name(_read_file(folder, TENSORS), config["name"])
-    if head is not None:
-        of_head = _head_tensors(_read_file(folder, HEAD_TENSORS), head)
+    if _head_config(folder) is not None:
+        facts, of_head = _head_in(folder)
         tensors |= of_head
-        config = {**config, "head": head, **_head_facts(head, of_head)}
+        config = {**config, **facts}
     base, more = _base(config, folder, root)
     adapter = Adapter(name, folder, kind_name, "adapterhub", config, tensors, base)
     return Adapter(
@@ -163,17 +197,16 @@ def _without_name(tensors: Mapping[str, TensorRef], name: str) -> dict[str, Tens
     Raises:
         AdapterError: a key does not hold the name behind a container of adapters.
     """
-    pattern = re.compile(rf"((?:.+\.)?(?:{'|'.join(CONTAINERS)}))\.{re.escape(name)}\.(.+)")
     found: dict[str, TensorRef] = {}
     for key, tensor in tensors.items():
-        match = pattern.fullmatch(key)
-        if match is None or f"{match[1]}.{match[2]}" in found:
+        short = key_without(name, key)
+        if short is None or short in found:
             raise AdapterError(
                 f"tensor {key!r} in {tensor.file} is not one of adapter {name!r}",
                 hint=f"the file and {CONFIG} do not belong together, or the adapter's name is part of another's: save "
                 "it again under another name",
             )
-        found[f"{match[1]}.{match[2]}"] = tensor
+        found[short] = tensor
     return found
 
 
