@@ -31,6 +31,7 @@ class Recipe:
     block_size: weights that share a scale, None for the scheme's own (32). 64 makes int8 and int4 smaller and faster
         and costs some quality, 16 the other way round
     keep: exceptions: pattern of module paths ("*.down_proj") to scheme
+    kv_cache: what decoders hold keys and values in; int8 takes a quarter of the memory, for long texts that are written
     calibrate: a file of samples for schemes that measure activations, and for the quality table
     max_bytes: the most that the base's weights may take; int4 gives 8 bits to as many of its most sensitive layers as
         fit (or as few as max_kl asks for); None for no limit
@@ -57,6 +58,7 @@ class Recipe:
     quantize: str = "int8"
     block_size: int | None = None
     keep: Mapping[str, str] = field(default_factory=dict)
+    kv_cache: Literal["float32", "int8"] = "float32"
     calibrate: Path | None = None
     max_bytes: int | None = None
     max_kl: float | None = None

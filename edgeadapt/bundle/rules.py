@@ -16,6 +16,7 @@ from edgeadapt.bundle.manifest import SCHEMA, AdapterRecord, Manifest
 from edgeadapt.bundle.names import ADAPTER_FILES, PATCH_FILE, check_adapter_name, check_file_path
 from edgeadapt.bundle.prefix import is_prefix_tensor
 from edgeadapt.bundle.stored import DTYPES
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import from_mapping, to_mapping
 from edgeadapt.files import canonical_json, parse_json
@@ -86,6 +87,7 @@ def check_manifest(manifest: Manifest, where: str) -> None:
     _check_slots(manifest, where)
     _check_inputs(manifest, where)
     _check_adapters(manifest, where)
+    _check_cache(manifest, where)
 
 
 def adapter_paths(name: str) -> tuple[str, ...]:
@@ -263,6 +265,26 @@ def _check_inputs(manifest: Manifest, where: str) -> None:
         for name in graph.inputs:
             if name in names:
                 raise _broken(where, f"adapter input {name!r} is a data input of graph {role!r}")
+
+
+def _check_cache(manifest: Manifest, where: str) -> None:
+    """Check what the generation record says of a quantized cache: it needs a place for its scales."""
+    record = manifest.generation or {}
+    if record.keys().isdisjoint(("cache_dtype", "cache_scales")):
+        return
+    spec = from_mapping(DecoderSpec, record, f"{where}: generation", BundleError)
+    quantized = spec.cache_dtype == "int8"
+    if quantized != (spec.cache_scales is not None) or (quantized and not spec.shared_cache):
+        shared = "true" if spec.shared_cache else "false"
+        raise _broken(
+            where,
+            f"generation has cache_dtype {spec.cache_dtype!r} with cache_scales {spec.cache_scales} and shared_cache "
+            f"{shared}: int8 goes with scales and a shared cache",
+        )
+    weights = manifest.files.get(WEIGHTS_FILE)
+    start, length = spec.cache_scales or 0, 4 * len(spec.cache_names) * spec.cache_heads * spec.cache_head_dim
+    if spec.cache_scales is not None and (weights is None or start < 0 or start % 4 or start + length > weights.size):
+        raise _broken(where, f"generation.cache_scales is {start}: there are no {length} bytes of {WEIGHTS_FILE}")
 
 
 def _check_figures(name: str, record: AdapterRecord, where: str) -> None:

@@ -9,15 +9,18 @@ from pathlib import Path
 from edgeadapt.bundle.adapter_json import AdapterJson
 from edgeadapt.bundle.bind import check_inputs
 from edgeadapt.bundle.bundle import Bundle, file_problem
+from edgeadapt.bundle.cache_scales import read_cache_scales
 from edgeadapt.bundle.golden import parse_golden
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import OnnxAdapter, parse_onnx_adapter
 from edgeadapt.bundle.patch_files import patched_files
 from edgeadapt.bundle.prefix import check_prefix_tokens
-from edgeadapt.bundle.rules import dump_manifest, patch_path, slot_inputs
+from edgeadapt.bundle.rules import WEIGHTS_FILE, dump_manifest, patch_path, slot_inputs
 from edgeadapt.bundle.stored import to_float32
+from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import BundleError, EdgeAdaptError
+from edgeadapt.fields import from_mapping
 from edgeadapt.files import read_bytes, sha256_file
 
 
@@ -43,7 +46,7 @@ def verify_files(bundle: Bundle) -> list[Finding]:
         if problem is not None:
             damaged.add(path)
             findings.append(Finding(path, problem))
-    findings += _extra_files(bundle)
+    findings += _extra_files(bundle) + _check_cache_scales(bundle, damaged)
     for name in bundle.adapter_names:
         findings += _check_adapter(bundle, name, damaged)
     return sorted(findings, key=lambda finding: (finding.path, finding.problem))
@@ -64,6 +67,18 @@ def _check_digest(bundle: Bundle, path: str) -> str | None:
         return error.message
     wanted = bundle.manifest.files[path].sha256
     return None if found == wanted else f"SHA-256 is {found}, the manifest says {wanted}"
+
+
+def _check_cache_scales(bundle: Bundle, damaged: set[str]) -> list[Finding]:
+    """Look at the scales of a quantized key-value cache: ONNX Runtime takes any."""
+    record = bundle.manifest.generation or {}
+    if record.get("cache_dtype") != "int8" or WEIGHTS_FILE in damaged:
+        return []
+    try:
+        read_cache_scales(bundle, from_mapping(DecoderSpec, record, "manifest.json: generation", BundleError))
+    except EdgeAdaptError as error:
+        return [Finding(WEIGHTS_FILE, error.message)]
+    return []
 
 
 def _extra_files(bundle: Bundle) -> list[Finding]:

@@ -51,6 +51,14 @@ def export(
         list[str] | None,
         typer.Option("--keep", metavar="PATTERN=SCHEME", help="An exception: modules that get another scheme."),
     ] = None,
+    kv_cache: Annotated[
+        Literal["float32", "int8"] | None,
+        typer.Option(
+            "--kv-cache",
+            help="What keys and values are held in; int8 takes a quarter of the memory.",
+            show_default="float32",
+        ),
+    ] = None,
     calibrate: Annotated[
         Path | None, typer.Option("--calibrate", metavar="FILE", help="Samples for calibration and the quality table.")
     ] = None,
@@ -106,6 +114,7 @@ def export(
         quantize=quantize,
         block_size=block_size,
         keep=read_pairs("--keep", keep or [], "PATTERN=SCHEME"),
+        kv_cache=kv_cache,
         calibrate=None if calibrate is None else str(calibrate),
         max_bytes=max_bytes,
         max_kl=max_kl,

@@ -32,6 +32,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "quantization": whole["quantization"],
         "parity": whole["parity"],
         "quality": whole["quality"],
+        "kv_cache": _kv_cache(manifest),
         "labels": whole["labels"],
         "bytes": {**sizes, "total": sum(sizes.values())},
     }
@@ -55,6 +56,7 @@ def _show_tables(path: str, summary: dict[str, Any]) -> None:
             "base": summary["base"]["name"],
             "merged": summary["merged"],
             "slots": summary["slots"],
+            "key-value cache": summary["kv_cache"],
             "weights": {key: value for key, value in quantization.items() if not isinstance(value, list | dict)},
             "against torch, unquantized": {key: value for key, value in parity.items() if not isinstance(value, list)},
             "size in MB": {role: size / 1e6 for role, size in summary["bytes"].items()},
@@ -71,6 +73,18 @@ def _show_tables(path: str, summary: dict[str, Any]) -> None:
         output.table("Patches: what promotion changes in the weights", patches)
     rows = [{**_LEADING, **row, "adapter": row.get("adapter") or "(base)"} for row in summary["quality"]]
     output.table("Quality: quantized, against torch in float32", rows)
+
+
+def _kv_cache(manifest: Manifest) -> dict[str, Any] | None:
+    """Return what a decoder holds keys and values in, and the memory for one token of one text."""
+    from edgeadapt.decoder_spec import DecoderSpec
+    from edgeadapt.errors import BundleError
+    from edgeadapt.fields import from_mapping
+
+    if manifest.generation is None:
+        return None
+    spec = from_mapping(DecoderSpec, manifest.generation, "manifest.json: generation", BundleError)
+    return {"dtype": spec.cache_dtype, "bytes_per_token": spec.cache_bytes_per_token}
 
 
 def _patches(bundle: Any) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from edgeadapt.pipeline.inputs import (
 )
 from edgeadapt.pipeline.job import Job
 from edgeadapt.pipeline.measure import parity_of, parity_originals, prune_adapters, quality_of
-from edgeadapt.pipeline.precision import choose_mix, moments_of
+from edgeadapt.pipeline.precision import check_cache, choose_mix, moments_of, quantize_cache_of
 from edgeadapt.pipeline.write import add_patches, copy_of, open_draft, open_written, write_adapters, write_base
 from edgeadapt.progress import SILENT, Progress
 from edgeadapt.quality.calibration import check_adapters
@@ -55,6 +55,7 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
         with progress.stage("load base"):
             base, given = load_base(recipe, adapters, base, progress), base is not None
             adapters = in_order_of(base, adapters)
+            check_cache(recipe, base)
             resolved = resolve_all(recipe, base, adapters, progress)
             samples = read_samples(recipe, base)
             check_adapters(samples, [adapter.name for adapter in adapters])
@@ -71,9 +72,8 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
             with progress.stage("compare with torch"):
                 parity = parity_of(job, session, originals)
                 del originals
-            if recipe.prune_kl is not None:
-                with progress.stage("prune adapters"):
-                    job = prune_adapters(job, session, recipe.prune_kl, progress)
+            job = prune_adapters(job, session, progress)
+            graph = quantize_cache_of(job, graph, session, progress)
         with progress.stage(f"quantize {recipe.quantize}"):
             moments = moments_of(job)
             variants = variants_of(job.base, job.swappable) if recipe.patches else []

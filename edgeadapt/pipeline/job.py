@@ -44,7 +44,7 @@ class Job:
     @property
     def measured(self) -> Calibration:
         """The samples of the quality table: none that the quantization was calibrated on, where there are enough."""
-        return split(self.samples)[1] if self.calibrates else self.samples
+        return split(self.samples)[1] if self.calibrates or self.recipe.kv_cache == "int8" else self.samples
 
     @property
     def calibrates(self) -> bool:

@@ -63,14 +63,22 @@ def parity_of(job: Job, session: Session, originals: Originals) -> dict[str, Any
     return {**result, "merge": dict(job.merge_record)} if job.merge_record is not None else result
 
 
-def prune_adapters(job: Job, session: Session, prune_kl: float, progress: Progress) -> Job:
-    """Return the job with adapters that lack the ranks and sites that hardly matter, and what that cost.
+def prune_adapters(job: Job, session: Session, progress: Progress) -> Job:
+    """Return the job with adapters that lack the ranks and sites that hardly matter, if the recipe asks for it.
 
     A prefix has neither, and stays as it is.
 
     Raises:
         QuantizeError: if an adapter has bottlenecks or other branches.
     """
+    if job.recipe.prune_kl is None:
+        return job
+    with progress.stage("prune adapters"):
+        return _pruned(job, session, job.recipe.prune_kl, progress)
+
+
+def _pruned(job: Job, session: Session, prune_kl: float, progress: Progress) -> Job:
+    """Return the job with pruned adapters, and what that cost."""
     from edgeadapt.export.sensitivity import collect_sensitivity
     from edgeadapt.quality.pruning import prune
 

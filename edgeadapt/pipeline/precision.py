@@ -1,4 +1,4 @@
-"""How many bits each weight gets: calibration, and the mix of 4 and 8 bits."""
+"""How many bits each weight gets: calibration, and the mix of 4 and 8 bits. And the key-value cache."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Job, cases_of
+from edgeadapt.errors import RecipeError
+from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Job, arrays_of, cases_of
 from edgeadapt.pipeline.measure import quality_rows
 from edgeadapt.pipeline.write import open_written, write_base
 from edgeadapt.progress import Progress
-from edgeadapt.quality.calibration import fitted_samples, split
+from edgeadapt.quality.calibration import fitted_samples, samples_of, split
+from edgeadapt.recipe import Recipe
+from edgeadapt.runtime.session import Session
 
 if TYPE_CHECKING:
     import torch
 
     from edgeadapt.export.graph import Graph
+    from edgeadapt.merging.base_model import BaseModel
 
 Array = NDArray[Any]
 CALIBRATION_TOKENS_PER_TEXT = 512
@@ -50,6 +54,65 @@ def _calibration_runs(
         for adapter in job.adapters
     ]
     return cases_of(job, fitted_samples(samples, None), tokens_per_text), adapted
+
+
+def check_cache(recipe: Recipe, base: BaseModel) -> None:
+    """Refuse a key-value cache in int8 for a model that has none, or one of another kind.
+
+    Raises:
+        RecipeError: saying what the model has instead.
+    """
+    from edgeadapt.export.export import task_of
+
+    if recipe.kv_cache == "float32":
+        return
+    spec = task_of(base).generation(base)
+    what = None
+    if spec is None:
+        what = f"writes no text (its task is {base.task!r})"
+    elif not spec.shared_cache:
+        what = "has an encoder: its decoder's cache grows by concatenation, and only GroupQueryAttention's holds int8"
+    if what is not None:
+        raise RecipeError(f"kv_cache is {recipe.kv_cache!r}, and {base.name} {what}", hint="leave out --kv-cache")
+
+
+def quantize_cache_of(job: Job, graph: Graph, session: Session, progress: Progress) -> Graph:
+    """Return the graph with a key-value cache in int8, if the recipe asks for it.
+
+    Its scales are measured on the samples and on random tokens, with each adapter and without.
+
+    Args:
+        job: the export's.
+        graph: the unquantized one.
+        session: over it; it knows the adapters.
+        progress: told of the stage.
+
+    Raises:
+        ExportError: if it cannot be known how large keys get at later positions.
+        QuantizeError: if the cache is not GroupQueryAttention's.
+    """
+    if job.recipe.kv_cache == "float32":
+        return graph
+    with progress.stage("quantize the key-value cache"):
+        return _with_quantized_cache(job, graph, session)
+
+
+def _with_quantized_cache(job: Job, graph: Graph, session: Session) -> Graph:
+    from edgeadapt.export.rotary import rotary_partners
+    from edgeadapt.quality.cache_ranges import cache_ranges, random_cases
+    from edgeadapt.quantize.kv_cache import quantize_cache, scales_of
+
+    samples = split(job.samples)[0]
+    merged = job.adapters[0].name if job.recipe.merge else None
+    names: list[str | None] = [None, *(adapter.name for adapter in job.swappable)]
+    spec = session.require_decoder()
+    rest = random_cases(spec.vocab_size, spec.max_length - job.prefix_tokens)
+    cases = {
+        name: [*arrays_of(cases_of(job, samples_of(samples, name or merged), CALIBRATION_TOKENS_PER_TEXT)), *rest]
+        for name in names
+    }
+    ranges = cache_ranges(session, cases, rotary_partners(job.base, spec.cache_head_dim))
+    return quantize_cache(graph, {name: scales_of(largest) for name, largest in ranges.items()})
 
 
 def choose_mix(

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 OPSET = 21
 MINIMUM_ORT = "1.24.3"
+MINIMUM_ORT_FOR_INT8_CACHE = "1.28.0"
+"""1.26 refuses int8 keys; 1.27 takes them, and is wrong where q, k and v are joined and there are several rows."""
 
 
 def copy_of(graph: Graph) -> Graph:
@@ -144,11 +146,26 @@ def _manifest(job: Job, packed: Packed, graph: Graph, quantization: Mapping[str,
         parity={},
         quality=(),
         files={},
-        runtime={"engine": "onnxruntime", "min_version": MINIMUM_ORT, "opset": OPSET},
-        generation=None if graph.generation is None else to_mapping(graph.generation),
+        runtime={"engine": "onnxruntime", "min_version": _minimum_version(graph), "opset": OPSET},
+        generation=_generation(graph, packed),
         labels=_labels(job),
         extra={"untrained": list(base.untrained)} if base.untrained and not recipe.merge else {},
     )
+
+
+def _minimum_version(graph: Graph) -> str:
+    quantized = graph.generation is not None and graph.generation.cache_dtype == "int8"
+    return MINIMUM_ORT_FOR_INT8_CACHE if quantized else MINIMUM_ORT
+
+
+def _generation(graph: Graph, packed: Packed) -> dict[str, Any] | None:
+    """Return the manifest's record of a decoder; float32 goes without saying, and readers before int8 know no word."""
+    if graph.generation is None:
+        return None
+    record = to_mapping(dataclasses.replace(graph.generation, cache_scales=packed.cache_scales))
+    if graph.generation.cache_dtype == "float32":
+        del record["cache_dtype"], record["cache_scales"]
+    return record
 
 
 def _labels(job: Job) -> tuple[str, ...]:

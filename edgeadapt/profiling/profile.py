@@ -22,6 +22,7 @@ from edgeadapt.profiling.host import Host, Noise, available_cores
 from edgeadapt.profiling.measure import MemoryStages, Speed
 from edgeadapt.profiling.samples import paired_ratio, percentile
 from edgeadapt.profiling.workload import Workload
+from edgeadapt.runtime.spec import decoder_spec
 
 SCHEMA = "edgeadapt.profile/1"
 
@@ -62,6 +63,7 @@ class Memory:
     proportional_*: a page that n processes share counts as 1/n (PSS)
     further_adapters: what each further adapter adds to resident memory, in the order in which they were used; the
         first one may include a second graph
+    kv_cache_bytes_per_token: what a decoder's self-attention keeps of each token of each text, by its shape
     """
 
     before_load_resident_bytes: int | None
@@ -71,6 +73,7 @@ class Memory:
     loaded_proportional_bytes: int | None
     run_proportional_bytes: int | None
     further_adapters_resident_bytes: dict[str, int | None]
+    kv_cache_bytes_per_token: int | None
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,7 @@ def _assemble(
         latency_p99_s=p99,
         adapter_tax=_tax(request.tax_adapter, speed),
         swap=_swap(request.tax_adapter, speed),
-        memory=_memory(stages),
+        memory=_memory(stages, bundle),
         sizes=_sizes(bundle),
         host=from_mapping(Host, found["host"], "host", ProfileError),
         noise=noise,
@@ -304,7 +307,8 @@ def _swap(adapter: str | None, speed: Speed) -> Swap | None:
     return Swap(adapter, percentile(speed.swap_resident_s, 50), percentile(speed.swap_disk_s, 50))
 
 
-def _memory(stages: MemoryStages) -> Memory:
+def _memory(stages: MemoryStages, bundle: Bundle) -> Memory:
+    spec = decoder_spec(bundle.manifest)
     added: dict[str, int | None] = {}
     before = stages.after_run.resident_bytes
     for name, use in stages.further_adapters.items():
@@ -319,6 +323,7 @@ def _memory(stages: MemoryStages) -> Memory:
         loaded_proportional_bytes=stages.after_load.proportional_bytes,
         run_proportional_bytes=stages.after_run.proportional_bytes,
         further_adapters_resident_bytes=added,
+        kv_cache_bytes_per_token=None if spec is None else spec.cache_bytes_per_token,
     )
 
 

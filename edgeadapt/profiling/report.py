@@ -54,6 +54,7 @@ def _memory_rows(profile: Profile) -> list[tuple[str, str | None]]:
         ("memory after load", _size(memory.loaded_resident_bytes)),
         ("memory after a run", _size(memory.run_resident_bytes)),
         ("memory at peak", _size(memory.peak_resident_bytes)),
+        ("key-value cache, for each token", _size(memory.kv_cache_bytes_per_token)),
     ]
     for name, added in memory.further_adapters_resident_bytes.items():
         found.append((f"memory that adapter {name} adds", _size(added)))

@@ -32,9 +32,10 @@ def gate(rows: Sequence[QualityRow], *, max_kl: float | None = None, min_top1: f
     """
     broken = [text for row in rows for text in _broken(row, max_kl, min_top1)]
     if broken:
+        cache = "a key-value cache in float32, " if any(row.mode is not None for row in rows) else ""
         raise QuantizeError(
             f"the quality gate fails: {'; '.join(broken)}\n{table(rows)}",
-            hint="use a scheme with more bits, exceptions (keep), --calibrate FILE for int4, or wider limits",
+            hint=f"use {cache}a scheme with more bits, exceptions (keep), --calibrate FILE for int4, or wider limits",
         )
 
 
@@ -65,7 +66,10 @@ def verdict(rows: Sequence[QualityRow], *, calibrated: bool = False) -> str | No
     if not ruined:
         return None
     row = max(ruined, key=lambda item: (1 - (item.top1 or 0.0), item.mean_kl or 0.0, 1 - (item.cosine or 0.0)))
-    return f"{_damage(row)}: this model is ruined at {row.scheme}; {_advice(row.scheme, calibrated=calibrated)}"
+    advice = _advice(row.scheme, calibrated=calibrated)
+    if row.mode is not None:
+        return f"{_damage(row)}: this model is ruined; leave out --kv-cache, and if that does not help, {advice}"
+    return f"{_damage(row)}: this model is ruined at {row.scheme}; {advice}"
 
 
 def _is_ruined(row: QualityRow) -> bool:
@@ -77,12 +81,13 @@ def _is_ruined(row: QualityRow) -> bool:
 
 def _damage(row: QualityRow) -> str:
     of = "" if row.adapter is None else f" of adapter {row.adapter!r}"
+    scheme = row.scheme if row.mode is None else f"{row.scheme} with a key-value cache in int8"
     if row.top1 is not None and row.mean_kl is not None:
         return (
-            f"{row.scheme} changes the most likely answer{of} at {1 - row.top1:.0%} of positions "
+            f"{scheme} changes the most likely answer{of} at {1 - row.top1:.0%} of positions "
             f"(mean KL {row.mean_kl:.2g})"
         )
-    return f"{row.scheme} turns the output vectors{of} to a mean cosine of {row.cosine:.3f}"
+    return f"{scheme} turns the output vectors{of} to a mean cosine of {row.cosine:.3f}"
 
 
 def _advice(scheme: str, *, calibrated: bool) -> str:
@@ -106,7 +111,7 @@ def table(rows: Sequence[QualityRow]) -> str:
 
 def _cells(row: QualityRow) -> tuple[str, ...]:
     return (
-        ("(base)" if row.adapter is None else row.adapter) + (" promoted" if row.promoted else ""),
+        " ".join(["(base)" if row.adapter is None else row.adapter, *_form(row)]),
         row.scheme,
         str(row.positions),
         _figure(row.mean_kl, ".5f"),
@@ -124,4 +129,8 @@ def _figure(value: float | None, form: str) -> str:
 
 def _name(row: QualityRow) -> str:
     name = "the base" if row.adapter is None else f"adapter {row.adapter!r}"
-    return f"{name} (promoted)" if row.promoted else name
+    return f"{name} ({', '.join(_form(row))})" if _form(row) else name
+
+
+def _form(row: QualityRow) -> list[str]:
+    return [*(["promoted"] if row.promoted else []), *([row.mode] if row.mode is not None else [])]

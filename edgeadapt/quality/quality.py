@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,10 @@ from edgeadapt.quality.compare import LOGITS, Comparison, compare, output_mask
 
 Array = NDArray[Any]
 Label = int | str
+Mode = Literal["prefill", "decode"]
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+DECODED_CASES = 32
+"""Samples that are run token by token: two thousand steps or so for each adapter."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,8 @@ class QualityRow:
     cosine: mean cosine similarity of the vectors in outputs other than logits
     accuracy, reference_accuracy: share of samples with the right label, here and in torch
     promoted: of the adapter's patch applied to the weights, rather than the adapter beside them
+    mode: where the key-value cache is quantized, whether texts were read whole ("prefill") or token by token
+        ("decode"); else None, since a float cache changes nothing
     """
 
     adapter: str | None
@@ -41,6 +48,7 @@ class QualityRow:
     accuracy: float | None
     reference_accuracy: float | None
     promoted: bool = False
+    mode: Mode | None = None
 
 
 def measure_quality(
@@ -53,6 +61,8 @@ def measure_quality(
     class_names: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[QualityRow, ...]:
     """Return a row for every adapter in `references`, in that order.
+
+    A model whose key-value cache is quantized gets two rows each, of prefill and of decode.
 
     Args:
         session: a `runtime.session.Session` over the quantized graph.
@@ -76,25 +86,45 @@ def measure_quality(
     for adapter, expected in references.items():
         give_back()
         session.use(adapter)
-        rows.append(_row(session, cases, expected, (adapter, scheme), classes.get(adapter)))
+        rows += _rows(session, cases, expected, (adapter, scheme), classes.get(adapter))
     session.use(None)
     return tuple(rows)
 
 
-def _row(
+def _ways(session: Any) -> dict[Mode | None, Run]:
+    """Return how a case is run: once, or with a quantized cache whole and token by token."""
+    spec = getattr(session, "spec", None)
+    if spec is None or spec.cache_dtype == "float32":
+        return {None: session.run}
+    return {"prefill": session.run, "decode": partial(session.run, chunk_size=1)}
+
+
+def _rows(
     session: Any,
     cases: Sequence[Mapping[str, Array]],
     expected: Sequence[Mapping[str, Array]],
     of: tuple[str | None, str],
     classes: Sequence[int] | None,
-) -> QualityRow:
-    comparisons: list[Comparison] = []
+) -> list[QualityRow]:
+    ways = _ways(session)
+    comparisons: dict[Mode | None, list[Comparison]] = {mode: [] for mode in ways}
     right: list[tuple[bool, bool]] = []
-    for index, (case, reference) in enumerate(zip(cases, expected, strict=True)):
-        measured = session.run(case)
-        comparisons.append(compare(reference, measured, output_mask(case)))
-        if classes is not None:
-            right.append((_is_right(measured, classes[index]), _is_right(reference, classes[index])))
+    for index, (case, reference) in enumerate(zip(cases, expected, strict=True)):  # each reference is computed once
+        for mode, run in ways.items():
+            if mode == "decode" and index >= DECODED_CASES:
+                continue
+            measured = run(case)
+            comparisons[mode].append(compare(reference, measured, output_mask(case)))
+            if classes is not None and mode != "decode":
+                right.append((_is_right(measured, classes[index]), _is_right(reference, classes[index])))
+    return [
+        replace(_row(found, of, right if mode != "decode" else []), mode=mode) for mode, found in comparisons.items()
+    ]
+
+
+def _row(
+    comparisons: Sequence[Comparison], of: tuple[str | None, str], right: Sequence[tuple[bool, bool]]
+) -> QualityRow:
     kl = _joined([c.kl for c in comparisons])
     agrees = _joined([c.agrees for c in comparisons])
     cosines = _joined([c.cosines for c in comparisons])
@@ -102,7 +132,7 @@ def _row(
     return QualityRow(
         adapter=of[0],
         scheme=of[1],
-        positions=len(cases) if counted is None else len(counted),
+        positions=len(comparisons) if counted is None else len(counted),
         mean_kl=None if kl is None else _number(kl.mean()),
         max_kl=None if kl is None else _number(kl.max()),
         top1=None if agrees is None else float(agrees.mean()),

@@ -19,6 +19,7 @@ from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import Graph
 from edgeadapt.quantize.branches import branch_shapes
 from edgeadapt.quantize.join import join_products, joined_name
+from edgeadapt.quantize.kv_cache import is_scale, scale_name
 from edgeadapt.quantize.lower import Lowered, lower
 from edgeadapt.slots import (
     BottleneckKind,
@@ -47,6 +48,8 @@ class Packed:
     joined: tuple[Joined, ...]
     branches: tuple[BranchSlot, ...]
     bottlenecks: tuple[BottleneckSlot, ...]
+    cache_scales: int | None = None
+    """Where the scales of a cache in int8 begin in the data file: float32[layers, 2, heads, 1, dim]."""
 
 
 def pack(
@@ -79,6 +82,7 @@ def pack(
     lowered: dict[str, Lowered] = {}
     with (target / WEIGHTS).open("wb") as stream:
         store = _Store(stream)
+        cache_scales = _put_cache_scales(graph, store)
         for role, model in graph.models.items():
             inputs = tuple(str(value.name) for value in model.graph.inputs)
             outputs = tuple(str(value.name) for value in model.graph.outputs)
@@ -131,7 +135,17 @@ def pack(
             for site in sorted(found_beside)
             for kind in sorted(beside[site])
         ),
+        cache_scales=cache_scales,
     )
+
+
+def _put_cache_scales(graph: Graph, store: _Store) -> int | None:
+    """Write the scales of a cache in int8 in one piece, so that sessions find them too; return where it begins."""
+    spec = graph.generation
+    if spec is None or spec.cache_dtype == "float32":
+        return None
+    constants = [graph.models["decoder"].graph.initializers[scale_name(name)] for name in spec.cache_names]
+    return store.put_together([value.const_value.tobytes() for value in constants if value.const_value is not None])
 
 
 def _wanted(adapters: Sequence[ResolvedAdapter]) -> dict[str, frozenset[str]]:
@@ -218,6 +232,16 @@ class _Store:
             self.stream.write(data)
         return self.offsets[key], len(data)
 
+    def put_together(self, parts: Sequence[bytes]) -> int:
+        """Write `parts` one after the other, before anything else; return where the first begins.
+
+        Each is known from then on, and lies in the file however small it is.
+        """
+        start, _ = self.put(b"".join(parts))
+        for index, part in enumerate(parts):
+            self.offsets.setdefault((hashlib.sha256(part).digest(), len(part)), start + sum(map(len, parts[:index])))
+        return start
+
 
 def _save(model: ir.Model, path: Path, store: _Store) -> None:
     """Write `model` to `path` with its large initializers in the store's file."""
@@ -226,7 +250,7 @@ def _save(model: ir.Model, path: Path, store: _Store) -> None:
         tensor = value.const_value
         if tensor is None:
             raise ExportError(f"initializer {value.name} has no value", hint="this is a bug; please report it")
-        if tensor.nbytes < EXTERNAL_FROM_BYTES:
+        if tensor.nbytes < EXTERNAL_FROM_BYTES and not is_scale(str(value.name)):
             continue
         offset, length = store.put(tensor.tobytes())
         external = ir.ExternalTensor(

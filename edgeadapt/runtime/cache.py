@@ -1,8 +1,8 @@
 """Key-value caches: what a decoder has already read, one row per sequence.
 
-`SharedCache` is for decoders with GroupQueryAttention: one buffer per layer and part, float32[batch, heads, max_length,
-dim], that is past and present at once and is updated in place. `GrowingCache` is for decoders that concatenate
-(sequence-to-sequence models): the present of a step becomes the past of the next.
+`SharedCache` is for decoders with GroupQueryAttention: one buffer per layer and part, [batch, heads, max_length, dim]
+of float32 or int8 codes, that is past and present at once and is updated in place. `GrowingCache` is for decoders that
+concatenate (sequence-to-sequence models): the present of a step becomes the past of the next.
 
 A row begins with its adapter's prefix, if that has one: virtual tokens that are held before those of the user.
 
@@ -126,7 +126,9 @@ class OneToken:
 
 
 class SharedCache(Cache):
-    """Buffers float32[batch, heads, capacity, dim] by name ("0.key"), updated in place.
+    """Buffers [batch, heads, capacity, dim] by name ("0.key"), float32 or int8 codes, updated in place.
+
+    Codes are numbers as good as any here: rows are copied, kept and dropped as they are.
 
     prefix_room: the longest prefix that an adapter of its rows may have. Together with the user's tokens it has no
         more room than the model has positions.
@@ -141,7 +143,7 @@ class SharedCache(Cache):
         shape = (batch_size, spec.cache_heads, self._capacity, spec.cache_head_dim)
         self._device = device
         self.buffers: Mapping[str, Tensor | Rows] = {
-            name: Tensor(np.zeros(shape, np.float32), device) for name in spec.cache_names
+            name: Tensor(np.zeros(shape, spec.cache_dtype), device) for name in spec.cache_names
         }
         self._parts: dict[tuple[int, int], Self] = {}
         self._one_token: OneToken | None = None
@@ -195,7 +197,7 @@ class SharedCache(Cache):
         return sum(x.dtype.itemsize * x.shape[1] * x.shape[3] for x in self.buffers.values())
 
     def row(self, index: int) -> Mapping[str, Tensor | Rows]:
-        """Return views of one row's buffers, float32[1, heads, max_length, dim], the same objects at each call."""
+        """Return views of one row's buffers, [1, heads, max_length, dim], the same objects at each call."""
         return self.part(index, 1).buffers
 
     def part(self, first: int, count: int) -> Self:
@@ -224,7 +226,7 @@ class SharedCache(Cache):
         self._held[row], self._starts[row] = held, other._starts[source]
 
     def read_row(self, row: int, length: int) -> dict[str, Array]:
-        """Return copies of the user's first `length` tokens in a row, float32[heads, length, dim] by name."""
+        """Return copies of the user's first `length` tokens in a row, [heads, length, dim] by name."""
         start = int(self._starts[row])
         return {name: np.array(x.numpy()[row, :, start : start + length]) for name, x in self.buffers.items()}
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from edgeadapt.bundle.bundle import Bundle, open_bundle
-from edgeadapt.runtime.ort import check_provider
+from edgeadapt.bundle.manifest import Manifest
+from edgeadapt.errors import SessionError
+from edgeadapt.runtime.ort import check_provider, version
 from edgeadapt.runtime.prefixes import PrefixCache
 from edgeadapt.runtime.prepacked import shares_weights
 from edgeadapt.runtime.session import Session
@@ -47,10 +50,13 @@ def open_session(
 
     Raises:
         BundleError: if the folder is no bundle.
-        SessionError: if an argument is wrong or the provider cannot be used here.
+        SessionError: if an argument is wrong, the provider cannot be used here, or the bundle needs a later ONNX
+            Runtime.
     """
     check_provider(provider)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle))
+    _check_version(opened.manifest)
+    _check_cache(opened.manifest, provider)
     shared = shares_weights(share_weights, provider)
     prefixes = PrefixCache(prefix_cache_bytes)
     if threads == "measure":
@@ -67,3 +73,35 @@ def open_session(
         promote_after=promote_after,
         promoted_max_bytes=promoted_max_bytes,
     )
+
+
+def _check_version(manifest: Manifest) -> None:
+    """Refuse a bundle whose graphs an older ONNX Runtime would refuse less clearly, or compute wrongly.
+
+    Raises:
+        SessionError: naming both versions.
+    """
+    wanted = str(manifest.runtime.get("min_version", "0"))
+    if _numbers(version()) < _numbers(wanted):
+        raise SessionError(
+            f"bundle {manifest.name!r} needs ONNX Runtime {wanted}, this is {version()}",
+            hint=f'pip install "onnxruntime>={wanted}"',
+        )
+
+
+def _check_cache(manifest: Manifest, provider: str) -> None:
+    """Refuse a key-value cache in int8 on a GPU: nobody has compared its kernels.
+
+    Raises:
+        SessionError: naming the provider.
+    """
+    if provider != "cpu" and (manifest.generation or {}).get("cache_dtype") == "int8":
+        raise SessionError(
+            f"bundle {manifest.name!r} holds keys and values as int8, which is for the CPU, and the provider is "
+            f"{provider!r}",
+            hint="export without --kv-cache int8 for a GPU",
+        )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])

@@ -24,7 +24,7 @@ ContentKey = tuple[tuple[str, float], ...]
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """What one text left: int64[length] tokens, and float32[heads, length, dim] by cache name."""
+    """What one text left: int64[length] tokens, and [heads, length, dim] as the cache holds it by cache name."""
 
     key: ContentKey
     tokens: NDArray[np.int64]

@@ -14,12 +14,14 @@ from edgeadapt.bundle.assemble import assemble
 from edgeadapt.bundle.bind import check_inputs
 from edgeadapt.bundle.blend import blend
 from edgeadapt.bundle.bundle import Bundle
+from edgeadapt.bundle.cache_scales import prefix_codes, read_cache_scales
 from edgeadapt.bundle.prefix import is_prefix_tensor, prefix_of
 from edgeadapt.errors import FileError, SessionError
 from edgeadapt.runtime.cache import AdapterKey
 from edgeadapt.runtime.checks import is_finite
 from edgeadapt.runtime.ort import Tensor
 from edgeadapt.runtime.prepacked import mapped_adapter
+from edgeadapt.runtime.spec import decoder_spec
 
 Array = NDArray[Any]
 
@@ -41,19 +43,27 @@ class Residents:
         """Return float32 tensors by graph input name for one adapter or a blend.
 
         Raises:
-            BundleError: if a file is damaged or holds what is no slot of this bundle, or a blend is impossible.
+            BundleError: if a file is damaged or holds what is no slot of this bundle, a prefix does not fit a cache in
+                int8, or a blend is impossible.
         """
         if len(key) == 1 and key[0][1] == 1.0:
             name = key[0][0]
             if name not in self._ready:
                 arrays = self._assembled(name)
-                self._ready[name] = _bound(arrays)
                 if (prefix := prefix_of(name, arrays)) is not None:
-                    self._prefixes[name] = prefix
+                    self._prefixes[name] = self._held(name, prefix)
+                self._ready[name] = _bound(arrays)
             return self._ready[name]
         parts = [(weight, self._arrays(name)) for name, weight in key]
         blended = assemble(blend(parts, self._bundle.manifest), self._bundle.manifest)
         return _bound(blended)
+
+    def _held(self, name: str, prefix: Prefix) -> Prefix:
+        """Return a prefix as the cache holds it."""
+        spec = decoder_spec(self._bundle.manifest)
+        if spec is None or spec.cache_dtype == "float32":
+            return prefix
+        return prefix_codes(name, prefix, read_cache_scales(self._bundle, spec))
 
     def prefix(self, key: AdapterKey) -> Prefix | None:
         """Return what texts of one adapter or a blend begin with; only an adapter alone begins with anything.

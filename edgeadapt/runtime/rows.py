@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import SessionError
+from edgeadapt.runtime.cache import SharedCache
 from edgeadapt.runtime.checks import is_whole
 from edgeadapt.runtime.step import checked_ids
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from edgeadapt.runtime.session import Session
 
 Array = NDArray[Any]
+
+
+def filled_cache(session: Session, inputs: Mapping[str, Any]) -> SharedCache:
+    """Return a cache that has read whole sequences with the active adapter; inputs as for `run_decoder`.
+
+    Raises:
+        SessionError: as `run_decoder` does.
+    """
+    _, lengths, shifted = _on_the_left(session, session.require_decoder(), inputs)
+    cache = session.new_cache(len(shifted), shifted.shape[1])
+    assert isinstance(cache, SharedCache)
+    session.step(shifted, cache, lengths=lengths, logits="none")
+    return cache
 
 
 def run_decoder(
@@ -29,6 +43,23 @@ def run_decoder(
     Raises:
         SessionError: for unknown inputs, a mask with holes, an empty row, or too long a sequence.
     """
+    starts, lengths, shifted = _on_the_left(session, spec, inputs)
+    width = shifted.shape[1]
+    if chunk_size is not None and not is_whole(chunk_size, 1):
+        raise SessionError(f"chunk_size is {chunk_size!r}", hint="give a whole number of 1 or more, or leave it out")
+    cache = session.new_cache(len(shifted), width)
+    logits = np.zeros((*np.shape(inputs["input_ids"]), spec.vocab_size), np.float32)
+    for first in range(0, width, chunk_size or width):
+        chunk = shifted[:, first : first + (chunk_size or width)]
+        counts = np.clip(lengths - first, 0, chunk.shape[1])
+        found = session.step(chunk, cache, lengths=counts)
+        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
+            logits[row, start + first : start + first + count] = found[row, :count]
+    return {"logits": logits}
+
+
+def _on_the_left(session: Session, spec: DecoderSpec, inputs: Mapping[str, Any]) -> tuple[Array, Array, Array]:
+    """Return where each row begins and how long it is, int64[batch] each, and the rows moved to the left edge."""
     unknown = [name for name in inputs if name not in ("input_ids", "attention_mask")]
     if unknown or "input_ids" not in inputs:
         raise SessionError(
@@ -38,8 +69,6 @@ def run_decoder(
     ids = checked_ids(inputs["input_ids"], spec, "input_ids")
     starts, lengths = _spans(inputs.get("attention_mask"), ids)
     width = int(lengths.max())
-    if chunk_size is not None and not is_whole(chunk_size, 1):
-        raise SessionError(f"chunk_size is {chunk_size!r}", hint="give a whole number of 1 or more, or leave it out")
     if width > (room := session.room_beside(session.active.key)):
         beside = "" if room == spec.max_length else " beside its adapter's virtual tokens"
         raise SessionError(
@@ -49,15 +78,7 @@ def run_decoder(
     shifted = np.zeros((len(ids), width), np.int64)
     for row, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         shifted[row, :length] = ids[row, start : start + length]
-    cache = session.new_cache(len(ids), width)
-    logits = np.zeros((len(ids), ids.shape[1], spec.vocab_size), np.float32)
-    for first in range(0, width, chunk_size or width):
-        chunk = shifted[:, first : first + (chunk_size or width)]
-        counts = np.clip(lengths - first, 0, chunk.shape[1])
-        found = session.step(chunk, cache, lengths=counts)
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            logits[row, start + first : start + first + count] = found[row, :count]
-    return {"logits": logits}
+    return starts, lengths, shifted
 
 
 def _spans(mask: Any, ids: Array) -> tuple[Array, Array]:

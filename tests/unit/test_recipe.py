@@ -70,6 +70,11 @@ def test_defaults():
             "export settings: field adapter_dtype must be one of 'float32', 'float16', 'int8', got the string 'int4'",
             "did you mean 'int8'? correct the value",
         ),
+        (
+            {"kv_cache": "int4"},
+            "export settings: field kv_cache must be one of 'float32', 'int8', got the string 'int4'",
+            "did you mean 'int8'? correct the value",
+        ),
         ({"block_size": 48}, "block_size is 48", "give one of 16, 32, 64, 128, 256"),
         ({"block_size": 64, "quantize": "none"}, "block_size is 64, and none has no blocks", "choose int8 or int4"),
         ({"max_length": 0}, "max_length must be at least 1, got 0", "leave it out for the model's own limit"),

@@ -66,6 +66,7 @@ def test_memory_grows_from_stage_to_stage(of_decoder):
     assert memory.run_resident_bytes <= memory.peak_resident_bytes < 1e9
     assert 0 < memory.loaded_proportional_bytes <= memory.loaded_resident_bytes
     assert list(memory.further_adapters_resident_bytes) == ["a"]
+    assert memory.kv_cache_bytes_per_token == 2 * 2 * 2 * 16 * 4  # layers, key and value, heads, dim, float32
 
 
 def test_sizes_are_those_of_the_files(decoder, of_decoder):
@@ -141,12 +142,14 @@ def test_rows_for_people(of_decoder, of_classifier):
         "memory after load",
         "memory after a run",
         "memory at peak",
+        "key-value cache, for each token",
         "memory that adapter a adds",
         "size on disk",
         "adapter a on disk",
         "adapter b on disk",
     ]
     assert "prefill" not in [row["figure"] for row in rows(of_classifier)]
+    assert of_classifier.memory.kv_cache_bytes_per_token is None
     nothing = dataclasses.replace(of_decoder.memory, peak_resident_bytes=None)
     fewer = [row["figure"] for row in rows(dataclasses.replace(of_decoder, memory=nothing))]
     assert set(figures) - set(fewer) == {"memory at peak"}

@@ -19,7 +19,7 @@ class TableSession:
     """
 
     def __init__(self, decoder: bool = True) -> None:
-        self.spec = SimpleNamespace(vocab_size=7) if decoder else None
+        self.spec = SimpleNamespace(vocab_size=7, cache_dtype="float32") if decoder else None
         record = SimpleNamespace(labels=("no", "yes"))
         self.bundle = SimpleNamespace(
             manifest=SimpleNamespace(labels=(), adapters={"a": record, "b": SimpleNamespace(labels=())})

@@ -49,6 +49,28 @@ def test_a_row_for_every_adapter(session, cases):
     assert session.adapter is None
 
 
+def test_a_quantized_cache_has_a_row_of_prefill_and_one_of_decode(session, cases):
+    session.spec.cache_dtype = "int8"
+    session.faults = {"chunks of 1": np.arange(7)}
+    rows = measure_quality(session, cases, _references(session, cases), "int8")
+    assert [(row.adapter, row.mode) for row in rows] == [
+        (name, mode) for name in (None, "a", "b") for mode in ("prefill", "decode")
+    ]
+    assert [row.mean_kl for row in rows[::2]] == [0, 0, 0]
+    assert min(row.mean_kl for row in rows[1::2]) > 0.1
+    with pytest.raises(QuantizeError) as caught:
+        gate(rows[:2], max_kl=0.1)
+    assert caught.value.message.startswith("the quality gate fails: the base (decode) has a mean KL of ")
+    assert caught.value.hint == (
+        "use a key-value cache in float32, a scheme with more bits, exceptions (keep), --calibrate FILE for int4, or "
+        "wider limits"
+    )
+    assert verdict([_row(mode="decode", mean_kl=0.2, top1=0.5, adapter="a")]) == (
+        "int8 with a key-value cache in int8 changes the most likely answer of adapter 'a' at 50% of positions "
+        "(mean KL 0.2): this model is ruined; leave out --kv-cache, and if that does not help, use fp16"
+    )
+
+
 def test_accuracy_where_labels_are_given(session):
     values = np.array([[[1, 0]], [[0, 1]], [[0.4, 0.5]], [[0.5, 0.4]]], np.float32)
     cases = [{"x": value} for value in values]
