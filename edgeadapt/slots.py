@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 ROWWISE_TYPES = ("linear", "conv1d", "norm")
@@ -120,6 +120,7 @@ class BranchSlot:
     site: the module to whose output it is added; graphs: roles of the graphs that hold it
     form, settings: what the graph computes, which is not the adapter's to choose
     inputs: graph input per term; shapes: theirs, with names for axes whose lengths are the adapter's to choose
+    outputs: outputs of the slots graph that are no answer of the model's, by what they are
     """
 
     site: str
@@ -128,6 +129,7 @@ class BranchSlot:
     settings: Mapping[str, str | int]
     inputs: Mapping[str, str]
     shapes: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def kind(self) -> BranchKind:

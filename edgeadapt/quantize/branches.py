@@ -80,6 +80,7 @@ class Branches:
         for kind in sorted(self._wanted[site]):
             place = Place(modules[site], marker, x, y, self._terms(kind, modules[site]), dict(kind.settings), nodes)
             added = form_module(kind.form).draw(place)
+            _give(graph, place, kind.prefix(site))
             if place.settings.get("adds") == "activated":
                 _add_behind_activation(graph, marker, added, site)
             else:
@@ -109,6 +110,21 @@ def _default_length(axis: int | str) -> int:
     if isinstance(axis, int):
         return axis
     return 1 if axis == OUTPUTS else 0
+
+
+def branch_outputs(kind: BranchKind, site: str) -> dict[str, str]:
+    """Return the graph's outputs that a branch gives beside its result, by what they are."""
+    return {name: f"{kind.prefix(site)}.{name}" for name in getattr(form_module(kind.form), "OUTPUTS_BESIDE", ())}
+
+
+def _give(graph: ir.Graph, place: Place, prefix: str) -> None:
+    """Make what the form gives beside its result outputs of the graph."""
+    for name, (value, shape) in place.outputs.items():
+        if any(output.name == f"{prefix}.{name}" for output in graph.outputs):
+            continue  # the module runs twice; the first run counts
+        value.name = f"{prefix}.{name}"
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(ir.DataType.FLOAT)
+        graph.outputs.append(value)
 
 
 def _add_behind_activation(graph: ir.Graph, marker: ir.Node, added: ir.Value, site: str) -> None:

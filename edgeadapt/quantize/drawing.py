@@ -22,6 +22,7 @@ class Place:
 
     module: the base's; marker: its node; x, y: its input and output in the graph (y twice for a norm)
     terms: the graph inputs of the branch; settings: the branch's; nodes: those drawn so far, in order
+    outputs: what the form gives beside its result, with its shape: outputs of the graph that are no answer
     """
 
     module: TargetModule
@@ -30,7 +31,8 @@ class Place:
     y: ir.Value
     terms: Mapping[str, ir.Value]
     settings: Mapping[str, str | int]
-    nodes: list[ir.Node] = field(default_factory=list)
+    nodes: list[ir.Node]
+    outputs: dict[str, tuple[ir.Value, list[str | int]]] = field(default_factory=dict)
 
     def add(self, op: str, inputs: Sequence[ir.Value | None], **attributes: Any) -> ir.Value:
         """Draw one of ONNX's nodes and return its output."""

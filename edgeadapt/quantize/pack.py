@@ -17,7 +17,7 @@ import onnx_ir as ir
 from edgeadapt.adapters.adapter import ResolvedAdapter, TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import Graph
-from edgeadapt.quantize.branches import branch_shapes
+from edgeadapt.quantize.branches import branch_outputs, branch_shapes
 from edgeadapt.quantize.join import join_products, joined_name
 from edgeadapt.quantize.kv_cache import is_scale, scale_name
 from edgeadapt.quantize.lower import Lowered, lower
@@ -186,7 +186,9 @@ def _further(adapters: Sequence[ResolvedAdapter]) -> dict[str, frozenset[BranchK
 def _branch(roles: list[str], kind: BranchKind, module: TargetModule) -> BranchSlot:
     shapes = branch_shapes(kind, module)
     inputs = {term: f"{kind.prefix(module.path)}.{term}" for term in shapes}
-    return BranchSlot(module.path, tuple(roles), kind.form, dict(kind.settings), inputs, shapes)
+    return BranchSlot(
+        module.path, tuple(roles), kind.form, dict(kind.settings), inputs, shapes, branch_outputs(kind, module.path)
+    )
 
 
 def _all_found(sites: set[str], parameters: set[str]) -> None:

@@ -150,6 +150,10 @@ class Active:
         self._follow_promotion()
         return self.bindings[role]
 
+    def fresh_binding(self, role: str) -> Binding:
+        """Return a new binding of a slots graph with what is active beside the base, and no outputs yet."""
+        return self._bind(self.adapter_tensors(self.key), slots=True)[role]
+
     def binding_of(self, key: AdapterKey) -> Binding:
         """Return the decoder's graph with the tensors of `key` bound: that of `step` if it is active, else a new one.
 

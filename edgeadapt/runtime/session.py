@@ -183,7 +183,9 @@ class Session:
 
     def outputs(self, role: str | None = None) -> dict[str, TensorInfo]:
         """Return the outputs of a graph by name (`role` None: the only graph, or the decoder)."""
-        return dict(self._binding(role or self._main_role()).graph.outputs)
+        role = role or self._main_role()
+        found = self._binding(role).graph.outputs
+        return {name: found[name] for name in self.bundle.manifest.graphs[role].outputs}
 
     def run(
         self,
@@ -418,7 +420,7 @@ class Session:
         binding = self._binding(role)
         for name, array in checked_inputs(inputs, binding.graph.inputs).items():
             binding.set_input(name, Tensor(array))
-        for name in binding.graph.outputs:
+        for name in self.bundle.manifest.graphs[role].outputs:
             binding.allocate_output(name)
         found = binding.run()
         self.active.promoter.count(

@@ -129,3 +129,41 @@ def save(
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file({key: value.detach().contiguous() for key, value in tensors.items()}, folder / "adapter.safetensors")
     return folder
+
+
+class TipAdapter(nn.Module):
+    """Zhang et al., "Tip-Adapter", arXiv 2111.03930, eq. 4: a exp(-b (1 - f F^T)) L + f W^T, W a frozen classifier."""
+
+    def __init__(self, classifier: nn.Linear, alpha: float, beta: float) -> None:
+        super().__init__()
+        self.classifier, self.alpha, self.beta = classifier, alpha, beta
+        self.keys = torch.zeros(0, classifier.in_features)
+        self.values = torch.zeros(0, classifier.out_features)
+
+    def enroll(self, features: torch.Tensor, classes: list[int]) -> None:
+        """Append examples: their features at length 1, and their classes one-hot (the paper's section 3.1)."""
+        features = features / features.norm(dim=-1, keepdim=True)
+        labels = nn.functional.one_hot(torch.tensor(classes), self.classifier.out_features).float()
+        self.keys, self.values = torch.cat([self.keys, features]), torch.cat([self.values, labels])
+
+    def forward(self, f: torch.Tensor) -> torch.Tensor:
+        affinity = (f / f.norm(dim=-1, keepdim=True)) @ self.keys.t()
+        return self.alpha * torch.exp(-self.beta * (1 - affinity)) @ self.values + self.classifier(f)
+
+
+class ZeroShotClip(nn.Module):
+    """CLIP's image tower with the texts' features as a frozen classifier: logits = 100 f W^T, f at length 1."""
+
+    def __init__(self, tower: Any, texts: torch.Tensor) -> None:
+        super().__init__()
+        self.tower = tower
+        self.classifier = nn.Linear(texts.shape[1], texts.shape[0], bias=False)
+        with torch.no_grad():
+            self.classifier.weight.copy_(100 * texts / texts.norm(dim=-1, keepdim=True))
+
+    def features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        found = self.tower(pixel_values).image_embeds
+        return found / found.norm(dim=-1, keepdim=True)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.classifier(self.features(pixel_values))
