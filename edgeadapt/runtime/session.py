@@ -183,9 +183,7 @@ class Session:
 
     def outputs(self, role: str | None = None) -> dict[str, TensorInfo]:
         """Return the outputs of a graph by name (`role` None: the only graph, or the decoder)."""
-        role = role or self._main_role()
-        found = self._binding(role).graph.outputs
-        return {name: found[name] for name in self.bundle.manifest.graphs[role].outputs}
+        return self._answers(self._binding(role or self._main_role()))
 
     def run(
         self,
@@ -420,13 +418,18 @@ class Session:
         binding = self._binding(role)
         for name, array in checked_inputs(inputs, binding.graph.inputs).items():
             binding.set_input(name, Tensor(array))
-        for name in self.bundle.manifest.graphs[role].outputs:
+        for name in self._answers(binding):
             binding.allocate_output(name)
         found = binding.run()
         self.active.promoter.count(
             self.active.key, max(np.size(inputs.get("input_ids", ())), len(next(iter(inputs.values()))))
         )
         return found
+
+    def _answers(self, binding: Binding) -> dict[str, TensorInfo]:
+        """Return a graph's outputs but those that adapters' branches give beside the model's answers."""
+        beside = {name for slot in self.bundle.manifest.branches for name in slot.outputs.values()}
+        return {name: info for name, info in binding.graph.outputs.items() if name not in beside}
 
     def _binding(self, role: str) -> Binding:
         self._check_open()
