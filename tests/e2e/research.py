@@ -167,3 +167,50 @@ class ZeroShotClip(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.classifier(self.features(pixel_values))
+
+
+class StAdapter(nn.Module):
+    """Pan et al., "ST-Adapter", arXiv 2206.13559, as in the authors' code: x + fc2(DWConv3D(fc1 x))."""
+
+    def __init__(self, features: int, width: int, frames: int, kernel: int = 3) -> None:
+        super().__init__()
+        self.frames = frames
+        self.fc1 = nn.Linear(features, width)
+        self.conv = nn.Conv3d(width, width, (kernel, 1, 1), padding=(kernel // 2, 0, 0), groups=width)
+        self.fc2 = nn.Linear(width, features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pictures, tokens, _ = x.shape
+        side = round((tokens - 1) ** 0.5)
+        narrow = self.fc1(x[:, 1:])
+        clips = narrow.view(pictures // self.frames, self.frames, side, side, -1).permute(0, 4, 1, 2, 3)
+        mixed = self.conv(clips).permute(0, 2, 3, 4, 1).reshape(pictures, tokens - 1, -1)
+        return torch.cat([x[:, :1], x[:, 1:] + self.fc2(mixed)], dim=1)
+
+
+class StLayer(nn.Module):
+    """A layer of CLIP's image tower with ST-Adapters: the authors' `ResidualAttentionBlock.forward`."""
+
+    def __init__(self, layer: Any, before: nn.Module | None, between: nn.Module | None) -> None:
+        super().__init__()
+        self.layer, self.before, self.between = layer, before or nn.Identity(), between or nn.Identity()
+
+    def forward(self, x: torch.Tensor, *masks: Any, **_options: Any) -> tuple[torch.Tensor]:
+        x = self.before(x)
+        normed = self.layer.layer_norm1(x)
+        x = x + self.layer.self_attn(normed, attention_mask=masks[0], causal_attention_mask=masks[1])[0]
+        x = self.between(x)
+        return (x + self.layer.mlp(self.layer.layer_norm2(x)),)
+
+
+class Clips(nn.Module):
+    """A classifier of clips over a tower of pictures: the class token's mean over the frames."""
+
+    def __init__(self, tower: Any, frames: int, classes: int) -> None:
+        super().__init__()
+        self.tower, self.frames = tower, frames
+        self.classifier = nn.Linear(tower.config.hidden_size, classes)
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        tokens = self.tower(clips.flatten(0, 1)).last_hidden_state
+        return self.classifier(tokens[:, 0].view(-1, self.frames, tokens.shape[-1]).mean(dim=1))
