@@ -27,7 +27,8 @@ PARAMETER_SITE = "ParameterSite"
 class Graph:
     """ONNX models by role with markers in place.
 
-    models: "model" for a single pass, "decoder" for a decoder, "encoder" and "decoder" for a sequence-to-sequence model
+    models: "model" for a single pass, "decoder" for a decoder, "encoder" and "decoder" for a sequence-to-sequence
+        model, "image" and "text" for a model of two towers
     """
 
     models: Mapping[str, ir.Model]

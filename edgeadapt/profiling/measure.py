@@ -93,7 +93,7 @@ def _decoder_block(session: Session, workload: Workload) -> tuple[float, tuple[f
 
 
 def _single_pass_block(session: Session, workload: Workload) -> tuple[float, None, tuple[float, ...]]:
-    inputs = example_inputs(session, "model", workload)
+    inputs = example_inputs(session, None, workload)
     first_run_s = timed(lambda: session.run(inputs))
     runs = workload.repeats * _RUNS_PER_REPEAT
     return first_run_s, None, tuple(timed(lambda: session.run(inputs)) for _ in range(runs))
@@ -118,7 +118,7 @@ def _tax(session: Session, workload: Workload, adapter: str) -> tuple[tuple[floa
 def _block(session: Session, workload: Workload) -> Callable[[], float]:
     """Return what runs one block with the adapter that is active then, and gives the median time of its steps."""
     if session.spec is None:
-        inputs = example_inputs(session, "model", workload)
+        inputs = example_inputs(session, None, workload)
         return lambda: timed(lambda: session.run(inputs))
     work = writer(session, workload)
     steps = min(_TAX_STEPS, workload.new_tokens)
@@ -187,7 +187,7 @@ def measure_memory(
 
 def _once(session: Session, workload: Workload) -> Callable[[], Any]:
     if session.spec is None:
-        inputs = example_inputs(session, "model", workload)
+        inputs = example_inputs(session, None, workload)
         return lambda: session.run(inputs)
     work = writer(session, workload)
 

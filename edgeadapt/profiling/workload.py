@@ -76,7 +76,7 @@ def writer(session: Session, workload: Workload) -> Writer:
     return Writer(start, step)
 
 
-def example_inputs(session: Session, role: str, workload: Workload) -> dict[str, Array]:
+def example_inputs(session: Session, role: str | None, workload: Workload) -> dict[str, Array]:
     """Return an input of the right shape for a graph.
 
     Raises:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgeadapt.errors import SessionError
 from edgeadapt.runtime.ort import TensorInfo
+from edgeadapt.slots import GraphRecord
 
 Array = NDArray[Any]
 
@@ -64,3 +65,18 @@ def _check_shape(name: str, array: Array, info: TensorInfo, axes: dict[str, tupl
                 f"axis {axis!r} is {length} in input {name!r} and {first} in input {owner!r}; they must agree",
                 hint=hint,
             )
+
+
+def inputs_by_role(inputs: Mapping[str, Any], graphs: Mapping[str, GraphRecord]) -> dict[str, dict[str, Any]]:
+    """Return the inputs of each graph that is to run: of every one of which something is given, else of the first.
+
+    What no graph knows goes to the first of them, which refuses it by name.
+    """
+    if len(graphs) == 1:
+        return {role: dict(inputs) for role in graphs}
+    roles = [role for role, record in graphs.items() if not inputs.keys().isdisjoint(record.inputs)] or list(graphs)[:1]
+    known = {name for role in roles for name in graphs[role].inputs}
+    strange = {name: value for name, value in inputs.items() if name not in known}
+    found = {role: {key: value for key, value in inputs.items() if key in graphs[role].inputs} for role in roles}
+    found[roles[0]] |= strange
+    return found

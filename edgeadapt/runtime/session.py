@@ -18,7 +18,7 @@ from edgeadapt.runtime.batch import Batch
 from edgeadapt.runtime.cache import AdapterKey, Cache, GrowingCache, SharedCache
 from edgeadapt.runtime.checks import is_whole
 from edgeadapt.runtime.groups import run_groups
-from edgeadapt.runtime.inputs import checked_inputs
+from edgeadapt.runtime.inputs import checked_inputs, inputs_by_role
 from edgeadapt.runtime.ort import Binding, Tensor, TensorInfo
 from edgeadapt.runtime.prefixes import PrefixCache
 from edgeadapt.runtime.promotion import Promotion
@@ -177,13 +177,14 @@ class Session:
         self.active.residents.evict(adapter)
 
     def inputs(self, role: str | None = None) -> dict[str, TensorInfo]:
-        """Return the data inputs of a graph by name (`role` None: the only graph, or the decoder)."""
-        graph = self._binding(role or self._main_role()).graph
-        return dict(graph.inputs)
+        """Return the data inputs of a graph by name (`role` None: the only graph, the decoder, or both towers)."""
+        roles = self._main_roles() if role is None else (role,)
+        return {name: info for each in roles for name, info in self._binding(each).graph.inputs.items()}
 
     def outputs(self, role: str | None = None) -> dict[str, TensorInfo]:
-        """Return the outputs of a graph by name (`role` None: the only graph, or the decoder)."""
-        return self._answers(self._binding(role or self._main_role()))
+        """Return the outputs of a graph by name (`role` None: the only graph, the decoder, or both towers)."""
+        roles = self._main_roles() if role is None else (role,)
+        return {name: info for each in roles for name, info in self._answers(self._binding(each)).items()}
 
     def run(
         self,
@@ -197,7 +198,8 @@ class Session:
         A single-pass model takes its graph's inputs and gives all its outputs. A decoder takes `input_ids`
         int64[batch, seq] and an optional `attention_mask` whose ones are contiguous in each row and padding left or
         right; it gives `logits` float32[batch, seq, vocab], zero where the mask is. A sequence-to-sequence model takes
-        the encoder's inputs and `decoder_input_ids` and gives `logits`.
+        the encoder's inputs and `decoder_input_ids` and gives `logits`. Of a model of two towers each tower runs whose
+        inputs are given.
 
         Args:
             inputs: arrays by name; whole numbers become int64 and floats float32 where the graph wants those.
@@ -224,7 +226,10 @@ class Session:
                 )
             ids = given.pop("decoder_input_ids")
             return {"logits": self.step(ids, self.encode(given))}
-        return self._run_graph("model", inputs)
+        found: dict[str, Array] = {}
+        for role, given in inputs_by_role(inputs, self.bundle.manifest.graphs).items():
+            found |= self._run_graph(role, given)
+        return found
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Return an empty key-value cache for `batch_size` sequences of up to `max_length` tokens.
@@ -435,8 +440,10 @@ class Session:
         self._check_open()
         return self.active.binding(role)
 
-    def _main_role(self) -> str:
-        return "model" if "model" in self.bundle.manifest.graphs else "decoder"
+    def _main_roles(self) -> tuple[str, ...]:
+        """Return the only graph, the decoder, or both towers."""
+        graphs = self.bundle.manifest.graphs
+        return ("decoder",) if "decoder" in graphs else tuple(graphs)
 
     @property
     def has_encoder(self) -> bool:

@@ -47,7 +47,8 @@ def answer(
     - text-classification, image-classification: `label`, `score`, `scores` by label (softmax, or sigmoid where several
       labels can hold at once), or `value` for a model with a single output;
     - token-classification: `tokens`, each with `text`, `label`, `score`, `start`, `end`;
-    - feature-extraction, sentence-similarity: `embedding`, pooled as the bundle's pooling.json says, else the mean;
+    - feature-extraction, sentence-similarity: `embedding`, pooled as the bundle's pooling.json says, else the mean; of
+      a model of two towers for texts or for pictures, which are compared by their products;
     - zero-shot-image-classification: as image-classification, over `labels`.
 
     Answers to texts also say whether the text was `truncated` to the model's longest input.
@@ -64,7 +65,10 @@ def answer(
     """
     task = session.bundle.manifest.task
     zero_shot = task == "zero-shot-image-classification"
-    needs = "images and labels" if zero_shot else "images" if task in _OF_IMAGES else "texts"
+    of_images = _OF_IMAGES.get(task) or (
+        _embed_images if images and "image" in session.bundle.manifest.graphs else None
+    )
+    needs = "images and labels" if zero_shot else "images" if of_images else "texts"
     if not zero_shot and task not in _OF_IMAGES and task not in _OF_TEXTS:
         raise SessionError(
             f"this bundle's task is {task!r}, for which there are no answers in words",
@@ -76,7 +80,7 @@ def answer(
     _check_head(session)
     if zero_shot:
         return _zero_shot(session, images, [hypothesis.format(label) for label in labels], labels)
-    return _OF_IMAGES[task](session, images) if task in _OF_IMAGES else _OF_TEXTS[task](session, texts)
+    return of_images(session, images) if of_images else _OF_TEXTS[task](session, texts)
 
 
 def text_inputs(session: Session, texts: Sequence[Text]) -> tuple[dict[str, Array], EncodedText]:
@@ -172,11 +176,17 @@ def _embed(session: Session, texts: Sequence[Text]) -> list[dict[str, Any]]:
     ]
 
 
+def _embed_images(session: Session, images: Sequence[Picture]) -> list[dict[str, Any]]:
+    outputs = session.run(image_inputs(session, images))
+    return [{"embedding": [float(value) for value in row]} for row in outputs["image_embeds"]]
+
+
 def pool(outputs: Mapping[str, Array], mask: Array, config: Mapping[str, Any]) -> Array:
     """Return one vector per text, float32[batch, dim].
 
     Args:
-        outputs: with `sentence_embedding` float32[batch, dim] or `last_hidden_state` float32[batch, seq, dim].
+        outputs: with `sentence_embedding` or `text_embeds` float32[batch, dim], or `last_hidden_state`
+            float32[batch, seq, dim].
         mask: int64[batch, seq], 1 for tokens.
         config: pooling.json (sentence-transformers' 1_Pooling/config.json), {} for the mean. A `normalize` of true
             makes vectors of length 1.
@@ -184,8 +194,9 @@ def pool(outputs: Mapping[str, Array], mask: Array, config: Mapping[str, Any]) -
     Raises:
         SessionError: for a way of pooling that is not supported.
     """
-    if "sentence_embedding" in outputs:
-        return outputs["sentence_embedding"]
+    for name in ("sentence_embedding", "text_embeds"):
+        if name in outputs:
+            return outputs[name]
     hidden = outputs["last_hidden_state"]
     wanted = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     mode = wanted[0] if len(wanted) == 1 else "pooling_mode_mean_tokens"

@@ -23,6 +23,7 @@ from torch import nn
 from edgeadapt.addition import verify_bundle
 from edgeadapt.bundle import open_bundle
 from edgeadapt.bundle.bundle import Bundle
+from edgeadapt.errors import SessionError
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import open_session
@@ -260,6 +261,59 @@ SYSTEMS = {
         {"input_ids": (2, 7), "attention_mask": (2, 7), "decoder_input_ids": (2, 5)},
     ),
 }
+
+
+def test_a_model_of_two_towers_is_two_graphs_with_one_manifest(tmp_path: Path) -> None:
+    """LoRA in one tower or in both, and a CLIP-Adapter; each tower runs alone, or both at once."""
+    torch.manual_seed(0)
+    model = research.randomized(transformers.CLIPModel(_tiny("clip")), 1, scale=0.02)
+    model.save_pretrained(tmp_path / "base")
+    tunes = {
+        "image": _lora(r"vision_model.*\.(q_proj|fc1)|visual_projection", 4),
+        "both": _lora(["q_proj", "fc2"], 2),
+        "of_clip": _clip({"visual_projection": 0.3, "text_projection": 0.3}),
+    }
+    references = {name: tune(copy.deepcopy(model), tmp_path / name) for name, tune in tunes.items()}
+    output = tmp_path / "out.bundle"
+
+    export_bundle(
+        Recipe(
+            tuple(tmp_path / name for name in tunes),
+            str(tmp_path / "base"),
+            output,
+            task="feature-extraction",
+            quantize="none",
+        )
+    )
+
+    bundle = open_bundle(output)
+    assert {role: record.inputs for role, record in bundle.manifest.graphs.items()} == {
+        "image": ("pixel_values",),
+        "text": ("input_ids", "attention_mask"),
+    }
+    assert {slot.graphs for slot in bundle.manifest.slots} == {("image",), ("text",)}
+    inputs = inputs_of(SYSTEMS["clip_adapter"])
+    texts = {name: value for name, value in inputs.items() if name != "pixel_values"}
+    with open_session(output) as session:
+        before = session.run(inputs)
+        assert set(before) == {"image_embeds", "text_embeds"}
+        for name, reference in references.items():
+            session.use(name)
+            both = session.run(inputs)
+            for part, given in (("image_embeds", {"pixel_values": inputs["pixel_values"]}), ("text_embeds", texts)):
+                expected = forward(reference, inputs, part)
+                assert np.abs(both[part] - expected).max() <= TOLERANCE * np.abs(expected).max()
+                assert session.run(given)[part].tobytes() == both[part].tobytes()
+            change = np.abs(both["text_embeds"] - before["text_embeds"]).max()
+            assert change <= 1e-6 if name == "image" else change >= SMALLEST_EFFECT
+        session.use(None)
+        again = session.run(inputs)
+        assert all(again[part].tobytes() == before[part].tobytes() for part in before)
+        with pytest.raises(SessionError) as caught:
+            session.run({"pixel_values": inputs["pixel_values"], "sound": inputs["pixel_values"]})
+    assert caught.value.message == "unknown input 'sound'"
+    assert bundle.manifest.parity["max_relative_error"] <= TOLERANCE
+    assert verify_bundle(output) == []
 
 
 def inputs_of(system: System) -> dict[str, np.ndarray]:
