@@ -32,7 +32,7 @@ from edgeadapt.fields import to_mapping  # noqa: E402
 from edgeadapt.pipeline.inputs import load_base, named_adapters, read_samples  # noqa: E402
 from edgeadapt.pipeline.job import Job  # noqa: E402
 from edgeadapt.pipeline.measure import quality_rows  # noqa: E402
-from edgeadapt.pipeline.precision import choose_mix, moments_of  # noqa: E402
+from edgeadapt.pipeline.precision import choose_mix, moments_of, new_residual  # noqa: E402
 from edgeadapt.pipeline.write import open_written, write_base  # noqa: E402
 from edgeadapt.progress import SILENT  # noqa: E402
 from edgeadapt.quality.calibration import built_in  # noqa: E402
@@ -52,6 +52,7 @@ class Setting:
     samples: what the rounding is fitted to: "none"; "built-in", three quarters of the built-in texts, which is what a
         user gets who gives no file; "general", texts that are no adapter's, on the base alone; "all",
         those and each adapter's own, on the base and on the adapters
+    residual: the rank of what is kept of the rounding's error beside adapters (`residual_rank`)
     share: a byte budget, as the share of the way from int4 everywhere to int8 everywhere
     """
 
@@ -60,6 +61,7 @@ class Setting:
     quantize: str = "int4"
     block_size: int | None = None
     keep: Mapping[str, str] = field(default_factory=dict)
+    residual: int | None = None
     share: float | None = None
     max_kl: float | None = None
 
@@ -72,6 +74,8 @@ SETTINGS = (
     Setting("feedback, base and adapters"),
     Setting("the same, blocks of 64", block_size=64),
     Setting("v_proj at int8", keep={"*.v_proj": "int8"}),
+    Setting("residual of rank 8 beside adapters", residual=8),
+    Setting("residual of rank 32 beside adapters", residual=32),
     Setting("mixed, a tenth of the way to int8", share=0.1),
     Setting("mixed, a quarter of the way", share=0.25),
     Setting("mixed, half of the way", share=0.5),
@@ -126,6 +130,7 @@ def _measure(model: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
                 collected[setting.samples] = {path: found[path] for path in found}
             moments = collected[setting.samples]
             raised = choose_mix(fitted, graph, moments, folder / "trial", SILENT)
+            residual = new_residual(fitted)
             quantized, record = quantize(
                 graph,
                 setting.quantize,
@@ -133,9 +138,10 @@ def _measure(model: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
                 moments=moments,
                 block_size=setting.block_size,
                 raised=raised,
+                residual=residual,
             )
             seconds = time.perf_counter() - started
-            draft = write_base(job, quantized, record, folder / "bundle")
+            draft = write_base(job, quantized, record, folder / "bundle", residual)
             with open_written(job, draft, folder / "bundle", keep_graphs=False) as session:
                 tables = {path.stem: quality_rows(texts, session) for path, texts in held_out.items()}
             for texts, row in ((name, row) for name, table in tables.items() for row in table):
@@ -158,7 +164,12 @@ def _fitted(job: Any, setting: Setting, calibration: Mapping[str, Path], ends: M
     path = calibration.get(setting.samples)
     budget = None if setting.share is None else round(ends["int4"] + setting.share * (ends["int8"] - ends["int4"]))
     recipe = dataclasses.replace(
-        job.recipe, quantize=setting.quantize, calibrate=path, max_bytes=budget, max_kl=setting.max_kl
+        job.recipe,
+        quantize=setting.quantize,
+        calibrate=path,
+        residual_rank=setting.residual,
+        max_bytes=budget,
+        max_kl=setting.max_kl,
     )
     adapters = () if setting.samples == "general" else job.adapters
     return dataclasses.replace(job, recipe=recipe, adapters=adapters, samples=read_samples(recipe, job.base))

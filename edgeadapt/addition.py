@@ -176,9 +176,14 @@ def record_golden(session: Session, name: str) -> Golden:
     base = golden_outputs(session, inputs)
     session.use(name)
     adapted = golden_outputs(session, inputs)
+    idle = None
+    if bundles.has_residual(manifest):
+        session.use({name: 0.0})  # what is left is the residual
+        idle = golden_outputs(session, inputs)
     session.use(None)
     tolerance = TOLERANCE.get(str(manifest.quantization.get("scheme", "none")), QUANTIZED_TOLERANCE)
-    return bundles.make_golden(name, inputs, base, adapted, tolerance=tolerance, smallest_effect=SMALLEST_EFFECT)
+    limits = {"tolerance": tolerance, "smallest_effect": SMALLEST_EFFECT}
+    return bundles.make_golden(name, inputs, base, adapted, idle=idle, **limits)
 
 
 def golden_inputs(session: Session) -> dict[str, Array]:

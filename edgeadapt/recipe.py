@@ -41,6 +41,8 @@ class Recipe:
         more than this mean KL divergence (nats, on the samples, before quantizing); None leaves nothing out
     adapter_dtype: how adapters are stored (edgeadapt/bundle/stored.py); None for float32 where nothing is quantized,
         else float16
+    residual_rank: keep of what int4 leaves of each weight that adapters change the part of this rank, and add it beside
+        every adapter: better answers for more numbers read per token; None for none
     patches: write for each adapter what it changes in the quantized weights when merged, so that devices can promote it
         to a model of its own at no cost per token
     max_length: the longest sequence in tokens, None for what the model was trained for
@@ -65,6 +67,7 @@ class Recipe:
     min_top1: float | None = None
     prune_kl: float | None = None
     adapter_dtype: Literal["float32", "float16", "int8"] | None = None
+    residual_rank: int | None = None
     patches: bool = False
     max_length: int | None = None
     force: bool = False
@@ -80,6 +83,7 @@ class Recipe:
         _check_schemes(self)
         _check_gate(self)
         _check_adapter_settings(self)
+        _check_residual(self)
         _check_patches(self)
 
 
@@ -162,7 +166,7 @@ def _check_schemes(recipe: Recipe) -> None:
 
 
 def _check_adapter_settings(recipe: Recipe) -> None:
-    for key in ("prune_kl", "adapter_dtype"):
+    for key in ("prune_kl", "adapter_dtype", "residual_rank"):
         if recipe.merge and getattr(recipe, key) is not None:
             raise RecipeError(
                 f"{key} is {getattr(recipe, key)!r}, and the adapter is merged into the weights",
@@ -170,6 +174,16 @@ def _check_adapter_settings(recipe: Recipe) -> None:
             )
     if recipe.prune_kl is not None and not 0 < recipe.prune_kl < float("inf"):
         raise RecipeError(f"prune_kl must be above 0, got {recipe.prune_kl}", hint="0.001 is strict, 0.01 is loose")
+
+
+def _check_residual(recipe: Recipe) -> None:
+    if recipe.residual_rank is not None and recipe.quantize != "int4":
+        raise RecipeError(
+            f"residual_rank is {recipe.residual_rank}, and quantize is {recipe.quantize!r}",
+            hint="only int4 leaves enough to keep: set quantize to int4, or leave residual_rank out",
+        )
+    if recipe.residual_rank is not None and recipe.residual_rank < 1:
+        raise RecipeError(f"residual_rank must be at least 1, got {recipe.residual_rank}", hint="8 is a good start")
 
 
 def _check_patches(recipe: Recipe) -> None:

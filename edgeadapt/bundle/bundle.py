@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Thread
@@ -23,7 +23,8 @@ from edgeadapt.bundle.onnx_adapter import parse_onnx_adapter
 from edgeadapt.bundle.patch import Patch, parse_patch
 from edgeadapt.bundle.prefix import check_prefix_tokens
 from edgeadapt.bundle.recover import recover
-from edgeadapt.bundle.rules import parse_manifest, patch_path
+from edgeadapt.bundle.residual import has_residual, with_residual
+from edgeadapt.bundle.rules import RESIDUAL_FILE, parse_manifest, patch_path
 from edgeadapt.bundle.stored import StoredTensors, with_scales
 from edgeadapt.errors import BundleError, FileError
 from edgeadapt.files import read_bytes
@@ -118,18 +119,34 @@ class Bundle:
         Raises:
             BundleError: if there is no such adapter, or its file is damaged or sets something that it may not.
         """
+        if has_residual(self.manifest):
+            return assemble(self.repaired(self.adapter_tensors(name)), self.manifest)
         with self._stored_adapter(name) as tensors:
             return assemble(tensors.values, self.manifest, tensors.fill)
 
+    def repaired(self, inputs: Mapping[str, NDArray[np.float32]]) -> Mapping[str, NDArray[np.float32]]:
+        """Return the arrays of an adapter or a blend with the base's residual among them, if the bundle has one.
+
+        Raises:
+            BundleError: if the residual's file is damaged or sets something that it may not.
+        """
+        if not has_residual(self.manifest):
+            return inputs
+        with self._stored(RESIDUAL_FILE, "residual") as tensors:
+            residual = {key: tensors.float32(key) for key in tensors.values}
+        return with_residual(inputs, residual, self.manifest)
+
+    def _stored_adapter(self, name: str) -> AbstractContextManager[StoredTensors]:
+        self.adapter_record(name)
+        return self._stored(f"adapters/{name}/adapter.onnx_adapter", name)
+
     @contextmanager
-    def _stored_adapter(self, name: str) -> Iterator[StoredTensors]:
+    def _stored(self, path: str, name: str) -> Iterator[StoredTensors]:
         """Give the tensors of an adapter's file, checked, while its digest is computed in another thread.
 
         What is made of them may leave the block only at its end: there the digest is known, and if it is wrong, that is
         the error, whatever else was found.
         """
-        self.adapter_record(name)
-        path = f"adapters/{name}/adapter.onnx_adapter"
         location = self.file(path)
         record = self.manifest.files[path]
         data = read_bytes(location, max_bytes=record.size)
@@ -139,7 +156,8 @@ class Bundle:
         try:
             tensors = with_scales(parse_onnx_adapter(data, str(location)).tensors)
             check_fit(name, tensors.values, self.manifest)
-            check_prefix_tokens(name, tensors.values, self.manifest)
+            if path != RESIDUAL_FILE:
+                check_prefix_tokens(name, tensors.values, self.manifest)
             yield tensors
         finally:
             hashing.join()

@@ -55,6 +55,7 @@ def make_golden(
     base: Mapping[str, Array],
     adapted: Mapping[str, Array],
     *,
+    idle: Mapping[str, Array] | None = None,
     tolerance: float,
     smallest_effect: float,
 ) -> Golden:
@@ -65,6 +66,7 @@ def make_golden(
         inputs: graph inputs by name.
         base: outputs without the adapter.
         adapted: outputs with it.
+        idle: outputs with all but the adapter's own change, where that is not the base: with its residual.
         tolerance: see `Golden`; what another machine may differ by.
         smallest_effect: an adapter whose effect is not above this does nothing.
 
@@ -77,7 +79,7 @@ def make_golden(
                 f"adapter {name!r}: the golden outputs hold NaN or infinite values",
                 hint="the adapter or the quantized base is broken; try --quantize none",
             )
-    measured = effect(base, adapted)
+    measured = min(effect(base, adapted), effect(base if idle is None else idle, adapted))
     if measured <= smallest_effect:
         raise BundleError(
             f"adapter {name!r} does nothing: its outputs differ from the base's by {measured:.3g} of the largest "

@@ -23,7 +23,9 @@ from edgeadapt.files import canonical_json, parse_json
 from edgeadapt.slots import BOTTLENECK_ACTIVATIONS, BOTTLENECK_READS, Joined, Slot
 
 WEIGHTS_FILE = "graph/weights.bin"
-ROLES = ("graph", "weights", "asset", "adapter", "golden", "patch")
+RESIDUAL_FILE = "graph/residual.onnx_adapter"
+ROLES = ("graph", "weights", "residual", "asset", "adapter", "golden", "patch")
+_GRAPH_FILES = {WEIGHTS_FILE: "weights", RESIDUAL_FILE: "residual"}
 TERMS = ("a", "b", "gain", "offset")
 MODULE_TYPES = ("linear", "conv1d", "conv2d", "embedding", "norm", "other")
 
@@ -147,8 +149,8 @@ def _check_files(manifest: Manifest, where: str) -> None:
 def file_role(path: str) -> str | None:
     """Return the role that a file's place in a bundle gives it, or None where no file belongs."""
     parts = path.split("/")
-    if path == WEIGHTS_FILE:
-        return "weights"
+    if path in _GRAPH_FILES:
+        return _GRAPH_FILES[path]
     if parts[0] == "graph" and len(parts) == 2 and path.endswith(".onnx"):
         return "graph"
     if parts[0] == "assets" and len(parts) >= 2:
@@ -170,7 +172,7 @@ def _check_graphs(manifest: Manifest, where: str) -> None:
     if manifest.merged is not None:
         filled = [role for role, graph in manifest.graphs.items() if graph.slots is not None]
         taken = (manifest.slots, manifest.parameters, manifest.bottlenecks, manifest.branches, manifest.adapters)
-        if filled or any(taken):
+        if filled or any(taken) or RESIDUAL_FILE in manifest.files:
             raise _broken(where, f"adapter {manifest.merged!r} is merged, so there can be no slots and no adapters")
 
 

@@ -84,6 +84,10 @@ def export(
         Literal["float32", "float16", "int8"] | None,
         typer.Option("--adapter-dtype", help="How adapters are stored.", show_default="float16 if quantized"),
     ] = None,
+    residual_rank: Annotated[
+        int | None,
+        typer.Option("--residual-rank", help="Keep what int4 leaves of the weights at this rank, beside adapters."),
+    ] = None,
     patches: Annotated[
         bool | None,
         typer.Option("--patches/--no-patches", help="Let devices promote each adapter to weights of its own."),
@@ -121,6 +125,7 @@ def export(
         min_top1=min_top1,
         prune_kl=prune_kl,
         adapter_dtype=adapter_dtype,
+        residual_rank=residual_rank,
         patches=patches,
         max_length=max_length,
         force=force,

@@ -21,7 +21,7 @@ from edgeadapt.pipeline.inputs import (
 )
 from edgeadapt.pipeline.job import Job
 from edgeadapt.pipeline.measure import parity_of, parity_originals, prune_adapters, quality_of
-from edgeadapt.pipeline.precision import check_cache, choose_mix, moments_of, quantize_cache_of
+from edgeadapt.pipeline.precision import check_cache, quantize_cache_of, quantized
 from edgeadapt.pipeline.write import add_patches, copy_of, open_draft, open_written, write_adapters, write_base
 from edgeadapt.progress import SILENT, Progress
 from edgeadapt.quality.calibration import check_adapters
@@ -47,7 +47,6 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
     """
     from edgeadapt.export.export import export_graph
     from edgeadapt.merging.spool import spool
-    from edgeadapt.quantize.quantize import quantize
 
     with staged_directory(recipe.output, force=recipe.force) as folder:
         with progress.stage("read adapters"):
@@ -75,24 +74,12 @@ def export_bundle(recipe: Recipe, progress: Progress = SILENT, *, base: BaseMode
             job = prune_adapters(job, session, progress)
             graph = quantize_cache_of(job, graph, session, progress)
         with progress.stage(f"quantize {recipe.quantize}"):
-            moments = moments_of(job)
             variants = variants_of(job.base, job.swappable) if recipe.patches else []
-            raised = choose_mix(job, graph, moments, folder / ".trial", progress)
-            graph, record = quantize(
-                graph,
-                recipe.quantize,
-                keep=recipe.keep,
-                moments=moments,
-                block_size=recipe.block_size,
-                raised=raised,
-                variants=variants,
-                progress=progress,
-            )
-            del moments
+            graph, record, residual = quantized(job, graph, variants, folder / ".trial", progress)
         with progress.stage("write"):
             kept = copy_of(graph) if variants else None
-            draft = write_base(job, graph, record, folder)
-            del graph
+            draft = write_base(job, graph, record, folder, residual)
+            del graph, residual
             job.rest()
         with open_written(job, draft, folder, keep_graphs=False) as session:
             with progress.stage("measure quality"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,47 @@ if TYPE_CHECKING:
 
     from edgeadapt.export.graph import Graph
     from edgeadapt.merging.base_model import BaseModel
+    from edgeadapt.quantize.patch import Variant
+    from edgeadapt.quantize.residual import Residual
 
 Array = NDArray[Any]
 CALIBRATION_TOKENS_PER_TEXT = 512
 CASES_WEIGHED = 32
 """Samples that tell how much each layer matters: an average over a thousand tokens or two is steady enough."""
+
+
+def quantized(
+    job: Job, graph: Graph, variants: Sequence[Variant], trials: Path, progress: Progress
+) -> tuple[Graph, dict[str, Any], Residual | None]:
+    """Return the graph as the recipe stores it, the record of what was done, and the residual if one is wanted.
+
+    Args:
+        job: what is exported.
+        graph: in float32, with markers.
+        variants: adapters whose merged weights are to be rounded on the same grid; filled.
+        trials: a folder for bundles that are measured and removed.
+        progress: told of each weight.
+
+    Raises:
+        QuantizeError: if the limits cannot be kept, or as `quantize.quantize` does.
+    """
+    from edgeadapt.quantize.quantize import quantize
+
+    moments = moments_of(job)
+    raised = choose_mix(job, graph, moments, trials, progress)
+    residual = new_residual(job)
+    smaller, record = quantize(
+        graph,
+        job.recipe.quantize,
+        keep=job.recipe.keep,
+        moments=moments,
+        block_size=job.recipe.block_size,
+        raised=raised,
+        variants=variants,
+        residual=residual,
+        progress=progress,
+    )
+    return smaller, record, residual
 
 
 def moments_of(job: Job) -> Mapping[str, Array] | None:
@@ -115,6 +151,16 @@ def _with_quantized_cache(job: Job, graph: Graph, session: Session) -> Graph:
     return quantize_cache(graph, {name: scales_of(largest) for name, largest in ranges.items()})
 
 
+def new_residual(job: Job) -> Residual | None:
+    """Return what collects the residual of the layers that adapters change by a low rank; None if none is wanted."""
+    from edgeadapt.quantize.residual import Residual
+
+    if job.recipe.residual_rank is None:
+        return None
+    paths = frozenset(path for adapter in job.swappable for path, site in adapter.sites.items() if site.rank)
+    return Residual(job.recipe.residual_rank, paths)
+
+
 def choose_mix(
     job: Job, graph: Graph, moments: Mapping[str, Array] | None, folder: Path, progress: Progress
 ) -> frozenset[str]:
@@ -140,6 +186,7 @@ def choose_mix(
     )
 
     def measure(count: int) -> float:
+        residual = new_residual(job)
         trial, record = quantize(
             graph,
             "int4",
@@ -147,10 +194,11 @@ def choose_mix(
             moments=moments,
             block_size=recipe.block_size,
             raised=mix.raised(count),
+            residual=residual,
             progress=progress,
         )
         try:
-            draft = write_base(job, trial, record, folder)
+            draft = write_base(job, trial, record, folder, residual)
             with open_written(job, draft, folder, keep_graphs=False) as session:
                 worst = max((row.mean_kl or 0.0 for row in quality_rows(job, session)), default=0.0)
         finally:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgeadapt.export.graph import Graph
     from edgeadapt.quantize.pack import Packed
     from edgeadapt.quantize.patch import Variant
+    from edgeadapt.quantize.residual import Residual
 
 OPSET = 21
 MINIMUM_ORT = "1.24.3"
@@ -61,13 +62,18 @@ def open_written(job: Job, draft: Manifest, folder: Path, *, keep_graphs: bool =
     return session
 
 
-def write_base(job: Job, graph: Graph, quantization: Mapping[str, Any], folder: Path) -> Manifest:
+def write_base(
+    job: Job, graph: Graph, quantization: Mapping[str, Any], folder: Path, residual: Residual | None = None
+) -> Manifest:
     """Write graphs and assets into `folder` with a manifest of a bundle without adapters, and return the manifest."""
     from edgeadapt.quantize.pack import pack
 
     bundles.write_assets(folder, job.base.assets)
     packed = pack(graph, folder, job.swappable, job.base.modules, flexible=job.flexible)
-    return bundles.write_manifest(folder, _manifest(job, packed, graph, quantization))
+    manifest = _manifest(job, packed, graph, quantization)
+    if residual is not None and residual.found:
+        (folder / bundles.RESIDUAL_FILE).write_bytes(bundles.residual_file(residual.found, manifest))
+    return bundles.write_manifest(folder, manifest)
 
 
 def write_adapters(job: Job, session: Session, folder: Path) -> dict[str, AdapterRecord]:

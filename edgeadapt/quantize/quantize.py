@@ -17,6 +17,7 @@ from edgeadapt.progress import SILENT, Progress
 from edgeadapt.quantize import BLOCK_SIZES
 from edgeadapt.quantize.patch import Variant
 from edgeadapt.quantize.plan import Choice, choose_schemes, load_scheme
+from edgeadapt.quantize.residual import Residual
 from edgeadapt.quantize.retie import retie
 from edgeadapt.quantize.rewrite import CONTRIB, drop_unused
 from edgeadapt.quantize.scheme import Settings, Stored
@@ -48,6 +49,7 @@ def quantize(
     block_size: int | None = None,
     raised: Collection[str] = (),
     variants: Sequence[Variant] = (),
+    residual: Residual | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Graph, dict[str, Any]]:
     """Return `graph` with its weights stored as `scheme` says, and the record of what was done.
@@ -65,6 +67,7 @@ def quantize(
         block_size: weights that share a scale: 16, 32, 64, 128 or 256; None for the scheme's own.
         raised: module paths that get 8 bits where the scheme would give them 4 (`quantize.mixed`).
         variants: adapters whose merged weights are to be rounded on the same grid; filled.
+        residual: of what rounding leaves; filled.
         progress: told of each weight.
 
     Raises:
@@ -84,16 +87,25 @@ def quantize(
     choices = choose_schemes(weights, scheme, keep or {}, raised)
     _check_work(scheme, keep or {}, choices)
     with progress.stage(f"quantize to {scheme}"):
-        entries = _apply(choices, moments or {}, size, variants, progress)
+        entries = _apply(choices, moments or {}, size, variants, residual, progress=progress)
     for model in models.values():
         model.graph.opset_imports.setdefault(CONTRIB, 1)
     for variant in variants:
         variant.finish(models)
-    return replace(graph, models=models), _record(scheme, size, entries)
+    record = _record(scheme, size, entries)
+    if residual is not None:
+        record |= {"residual_rank": residual.rank, "residual_layers": len(residual.found)}
+    return replace(graph, models=models), record
 
 
 def _apply(
-    choices: Sequence[Choice], moments: Moments, block_size: int, variants: Sequence[Variant], progress: Progress
+    choices: Sequence[Choice],
+    moments: Moments,
+    block_size: int,
+    variants: Sequence[Variant],
+    residual: Residual | None,
+    *,
+    progress: Progress,
 ) -> list[_Entry]:
     """Rewrite every constant once for each scheme that its uses have, in the order of the nodes."""
 
@@ -109,7 +121,7 @@ def _apply(
     memory: dict[str, Any] = {}
     seen: set[int] = set()
     for done, group in enumerate(groups, start=1):
-        entries.append(_apply_group(group, moments, block_size, memory, seen, variants=variants))
+        entries.append(_apply_group(group, moments, block_size, memory, seen, variants=variants, residual=residual))
         progress.advance(done, len(groups))
     return entries
 
@@ -122,6 +134,7 @@ def _apply_group(
     seen: set[int],
     *,
     variants: Sequence[Variant],
+    residual: Residual | None,
 ) -> _Entry:
     """Rewrite the uses of one constant that share a scheme; `seen` holds constants that were counted before."""
     uses = [choice.weight for choice in group]
@@ -141,7 +154,9 @@ def _apply_group(
     assert isinstance(graph, ir.Graph)
     for variant in variants:
         variant.take(group[0].role, graph, uses, stored)
-    stored = replace(stored, again=None)  # it holds the weight
+    if residual is not None:
+        residual.take(uses, stored, moment)
+    stored = replace(stored, again=None, error=None)  # they hold the weight
     if scheme != "none":
         drop_unused(graph, first.initializer)
     return _Entry(

@@ -46,11 +46,13 @@ class Stored:
     rounding: "nearest" (each weight by itself), "feedback" (with calibration moments), "float16", or None if untouched
     again: from another matrix in its place (as `Weight.matrix` gives it; a convolution's or float16 weight as it lies)
         to the initializers that hold it, by name: on the same scales and zero points
+    error: the weight less what is stored for it, float32[out, in], where that is large enough to count
     """
 
     bytes: int
     rounding: str | None
     again: Callable[[NDArray[np.float32]], Mapping[str, NDArray[Any]]] | None
+    error: Callable[[], NDArray[np.float32]] | None = None
 
 
 class Scheme(Protocol):

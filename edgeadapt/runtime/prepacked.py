@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.bundle.bundle import Bundle
+from edgeadapt.bundle.rules import RESIDUAL_FILE
 from edgeadapt.errors import BundleError, FileError, SessionError
 from edgeadapt.files import canonical_json, parse_json, read_bytes, sha256_file, write_errors
 from edgeadapt.runtime.device_cache import cached_entry
@@ -104,10 +105,12 @@ def mapped_adapter(bundle: Bundle, name: str) -> dict[str, NDArray[np.float32]]:
         FileError: if the cache cannot be read or written, or is too small.
     """
     bundle.adapter_record(name)
-    file = bundle.manifest.files[f"adapters/{name}/adapter.onnx_adapter"]
+    files = bundle.manifest.files
+    file = files[f"adapters/{name}/adapter.onnx_adapter"]
     made_from = {
         "adapter": file.sha256,
-        "slots": " ".join(bundle.manifest.files[graph.slots].sha256 for graph in _graphs(bundle) if graph.slots),
+        "residual": files[RESIDUAL_FILE].sha256 if RESIDUAL_FILE in files else "",
+        "slots": " ".join(files[graph.slots].sha256 for graph in _graphs(bundle) if graph.slots),
     }
 
     def make(folder: Path) -> None:

@@ -55,8 +55,8 @@ class Residents:
                 self._ready[name] = _bound(arrays)
             return self._ready[name]
         parts = [(weight, self._arrays(name)) for name, weight in key]
-        blended = assemble(blend(parts, self._bundle.manifest), self._bundle.manifest)
-        return _bound(blended)
+        blended = self._bundle.repaired(blend(parts, self._bundle.manifest))
+        return _bound(assemble(blended, self._bundle.manifest))
 
     def _held(self, name: str, prefix: Prefix) -> Prefix:
         """Return a prefix as the cache holds it."""
@@ -137,7 +137,7 @@ class Residents:
                 warnings.warn(f"adapters are not shared: {error.message}; {error.hint}", stacklevel=2)
                 self._mapped = False
         if name in self._lent:
-            return assemble(self._lent[name], self._bundle.manifest)
+            return assemble(self._bundle.repaired(self._lent[name]), self._bundle.manifest)
         return self._bundle.graph_tensors(name)
 
 

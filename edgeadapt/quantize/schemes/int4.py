@@ -46,10 +46,15 @@ def refuses(weight: Weight) -> str | None:
 
 def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     """Store the matrix in 4 bits, with error feedback where calibration moments are at hand."""
-    blocks = rounded(uses[0].matrix(), settings)
+    matrix = uses[0].matrix()
+    blocks = rounded(matrix, settings)
     stored = use_blocks(uses, blocks)
-    rounding = "nearest" if settings.moment is None else "feedback"
-    return Stored(stored.bytes, rounding, lambda other: stored.codes(_again(other, blocks, settings.moment)))
+    return Stored(
+        stored.bytes,
+        "nearest" if settings.moment is None else "feedback",
+        lambda other: stored.codes(_again(other, blocks, settings.moment)),
+        lambda: matrix - blocks.dequantize(),
+    )
 
 
 def rounded(matrix: NDArray[np.float32], settings: Settings) -> Blocks:
