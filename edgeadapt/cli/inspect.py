@@ -16,6 +16,10 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="An adapter's folder or file, or a bundle.", show_default=False)
     ],
+    base: Annotated[
+        Path | None,
+        typer.Option("--base", help="An adapter's base, folder or GGUF file, to tell its share.", show_default=False),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Show what is in an adapter, a bundle or a base model's folder, without loading any of it."""
@@ -28,13 +32,27 @@ def inspect(
     if _is_base(path):
         described: dict[str, Any] = {"base": _describe_base(path)}
     else:
-        from edgeadapt.adapters import describe, read_adapters
-
-        described = {"adapters": [describe(adapter) for adapter in read_adapters(path)]}
+        described = {"adapters": _describe_adapters(path, base)}
     if json:
         output.result_json(described)
     else:
         _show(path, described)
+
+
+def _describe_adapters(path: Path, base: Path | None) -> list[dict[str, Any]]:
+    from edgeadapt.adapters import describe, parameter_count, read_adapters
+
+    whole = None if base is None else parameter_count(base)
+    return [_with_share(describe(adapter), whole) for adapter in read_adapters(path)]
+
+
+def _with_share(described: dict[str, Any], whole: int | None) -> dict[str, Any]:
+    """Return what is known of an adapter with its share of the base's parameters, null without the base."""
+    share = None if whole is None else round(described["parameters"] / whole, 6)
+    return {key: value for key, value in described.items() if key != "warnings"} | {
+        "share_of_base": share,
+        "warnings": described["warnings"],
+    }
 
 
 def _is_base(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from edgeadapt.cli import output
@@ -23,7 +24,8 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "schema": manifest.schema,
         "name": manifest.name,
         "task": manifest.task,
-        "base": {key: base[key] for key in ("name", "revision", "model_type", "quantized_from", "fingerprint")},
+        "base": {key: base[key] for key in ("name", "revision", "model_type", "quantized_from", "fingerprint")}
+        | {"parameters": _parameters(manifest)},
         "merged": manifest.merged,
         "adapters": whole["adapters"],
         "adapter_dtype": manifest.adapter_dtype,
@@ -62,9 +64,16 @@ def _show_tables(path: str, summary: dict[str, Any]) -> None:
             "size in MB": {role: size / 1e6 for role, size in summary["bytes"].items()},
         },
     )
+    whole = summary["base"]["parameters"]
     adapters = [
-        {"adapter": name, **record, "labels": len(record["labels"]) or None, "pruned": _pruned(record["pruned"])}
-        | {"blend": _blended(record["blend"])}
+        {
+            "adapter": name,
+            **record,
+            "share_of_base": record["parameters"] / whole,
+            "labels": len(record["labels"]) or None,
+            "pruned": _pruned(record["pruned"]),
+            "blend": _blended(record["blend"]),
+        }
         for name, record in summary["adapters"].items()
     ]
     output.table("Adapters", adapters)
@@ -85,6 +94,12 @@ def _kv_cache(manifest: Manifest) -> dict[str, Any] | None:
         return None
     spec = from_mapping(DecoderSpec, manifest.generation, "manifest.json: generation", BundleError)
     return {"dtype": spec.cache_dtype, "bytes_per_token": spec.cache_bytes_per_token}
+
+
+def _parameters(manifest: Manifest) -> int:
+    """Return how many numbers the weights of the base's modules have; a weight that two modules share counts once."""
+    sizes = {module.digest: math.prod(module.weight_shape) for module in manifest.base.modules}
+    return sum(sizes.values())
 
 
 def _patches(bundle: Any) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from edgeadapt.bundle import Finding
 
@@ -91,3 +93,29 @@ def test_inspect_of_a_folder_with_another_config(invoke, tmp_path):
     assert result.stderr == (
         f"error: {tmp_path / 'config.json'} names no model_type\nhint: give a folder that transformers can load\n"
     )
+
+
+def test_inspect_of_an_adapter_tells_its_share_of_the_base(invoke, tmp_path, root):
+    adapter = root / "recipes" / "adapters" / "digits"
+    save_file({"a": np.zeros((1000, 500)), "b": np.zeros(7, np.float16)}, tmp_path / "model.safetensors")
+    (found,) = json.loads(invoke("inspect", adapter, "--base", tmp_path, "--json").stdout)["adapters"]
+    assert found["share_of_base"] == round(found["parameters"] / 500007, 6)
+    (alone,) = json.loads(invoke("inspect", adapter, "--json").stdout)["adapters"]
+    assert alone["share_of_base"] is None
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "problem"),
+    [
+        ("model.gguf", b"GGUX0000", "is no readable model: it does not begin with GGUF"),
+        ("model.safetensors", b"12", "is no readable model: "),
+        ("x", None, "holds no safetensors file"),
+    ],
+)
+def test_inspect_with_a_base_that_cannot_be_read(invoke, tmp_path, root, name, data, problem):
+    base = tmp_path / name
+    if data is not None:
+        base.write_bytes(data)
+    result = invoke("inspect", root / "recipes" / "adapters" / "digits", "--base", base)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {base} {problem}")
