@@ -10,10 +10,11 @@ from edgeadapt.addition import verify_bundle
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
 from tests.e2e.tiny import ARCHITECTURES, Architecture, build
+from tests.parity import Parity
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
-def test_two_adapters_of_different_rank_equal_peft(architecture: Architecture, tmp_path: Path) -> None:
+def test_two_adapters_of_different_rank_equal_peft(architecture: Architecture, tmp_path: Path, parity: Parity) -> None:
     base, adapters = build(architecture, tmp_path)
     output = tmp_path / "tiny.bundle"
 
@@ -22,6 +23,8 @@ def test_two_adapters_of_different_rank_equal_peft(architecture: Architecture, t
     rows = bundle.manifest.parity["rows"]
     assert {row["adapter"] for row in rows} == {None, "adapter0", "adapter1"}
     assert max(row["max_relative_error"] for row in rows) == bundle.manifest.parity["max_relative_error"]
+    errors = {"swapped": bundle.manifest.parity["max_relative_error"]}
+    parity.add(adapters[0], architecture.name, adapter="LoRA", errors=errors)
     # T5's logits are sums over relative positions that nearly cancel.
     assert bundle.manifest.parity["max_relative_error"] < (3e-5 if architecture.name == "t5" else 1e-5)
     assert {bundle.manifest.adapters[name].rank for name in ("adapter0", "adapter1")} == {4, 2}

@@ -29,6 +29,7 @@ from edgeadapt.runtime import Session, open_session
 from tests.e2e.conftest import Exported, Tiny, content
 from tests.e2e.peft_kinds import LLAMA, OTHERS, Case, save
 from tests.e2e.reference import CLOSE, base_model, case, error, forward, with_peft
+from tests.parity import Parity
 
 GetTiny = Callable[[str], Tiny]
 PARITY = 1e-4
@@ -46,8 +47,9 @@ def _possible(item: Case) -> bool:
 
 @dataclass(frozen=True)
 class Made:
-    """One bundle of a base with adapters of each type (two on the first base), their folders, and a session over it."""
+    """One bundle of the base `model`, with adapters of each type (two on the first base), and a session over it."""
 
+    model: str
     session: Session
     folders: dict[str, tuple[Path, ...]]
     base: BaseModel
@@ -77,7 +79,7 @@ def made(
                 )
             for kind, pair in folders.items():
                 assert {bundle.manifest.adapters[path.name].kind for path in pair} == {kind}
-            found[name] = Made(open_session(bundle), folders, base)
+            found[name] = Made(name, open_session(bundle), folders, base)
         return found[name]
 
     yield get
@@ -86,7 +88,7 @@ def made(
 
 
 @pytest.mark.parametrize("item", _params((*LLAMA, *OTHERS)))
-def test_swapped_as_peft_runs_it(item: Case, tiny: GetTiny, made: Callable[[str], Made]) -> None:
+def test_swapped_as_peft_runs_it(item: Case, tiny: GetTiny, made: Callable[[str], Made], parity: Parity) -> None:
     model, inputs, bundle = tiny(item.model), case(item.model), made(item.model)
     plain = forward(base_model(item.model, model.base), inputs)
     names = [None, *(folder.name for folder in bundle.folders[item.kind])]
@@ -102,16 +104,33 @@ def test_swapped_as_peft_runs_it(item: Case, tiny: GetTiny, made: Callable[[str]
     for folder in bundle.folders[item.kind]:
         expected = with_peft(item.model, model.base, folder, inputs)
         assert error(plain, expected, inputs) > 1e-2
-        assert error(expected, logits[folder.name], inputs) < PARITY
+        errors = {
+            "swapped": error(expected, logits[folder.name], inputs),
+            "blended": _blended(bundle, folder, expected),
+        }
+        parity.add(folder, item.model, errors=errors)
+        assert max(errors.values()) < PARITY
+
+
+def _blended(bundle: Made, folder: Path, expected: np.ndarray) -> float:
+    """Return how far an adapter is from itself in two parts."""
+    name, inputs = folder.name, case(bundle.model)
+    bundle.session.lend("twin", bundle.session.bundle.adapter_tensors(name))
+    bundle.session.use({name: 0.25, "twin": 0.75})
+    found = bundle.session.run(inputs)["logits"]
+    bundle.session.use(None)
+    bundle.session.evict("twin")
+    return error(expected, found, inputs)
 
 
 @pytest.mark.parametrize("item", _params((*LLAMA, *OTHERS)))
-def test_merged_as_peft_runs_it(item: Case, tiny: GetTiny, made: Callable[[str], Made]) -> None:
+def test_merged_as_peft_runs_it(item: Case, tiny: GetTiny, made: Callable[[str], Made], parity: Parity) -> None:
     bundle = made(item.model)
     inputs = {key: torch.from_numpy(value) for key, value in case(item.model).items()}
     (adapter,) = read_adapters(bundle.folders[item.kind][0])
     merged = merge(bundle.base, resolve_on(bundle.base, adapter))
     worst = check_merge(bundle.base, adapter, merged, [inputs], PARITY)
+    parity.add(bundle.folders[item.kind][0], item.model, errors={"merged": worst})
     assert worst < PARITY
 
 

@@ -26,6 +26,7 @@ from edgeadapt.runtime import Session, open_session
 from tests.e2e.conftest import Exported, Tiny, content
 from tests.e2e.reference import CLOSE, base_model, case, error, forward, with_peft
 from tests.e2e.tiny import ENCODER, save_adapter
+from tests.parity import Parity
 
 GetTiny = Callable[[str], Tiny]
 
@@ -61,7 +62,7 @@ def test_the_slots_graph_without_an_adapter_is_the_base(name: str, quantize: str
     assert np.abs(plain - slots).max() <= 1e-6 * np.abs(plain).max()
 
 
-def test_a_blend_is_peft_s_weighted_adapter(tiny: GetTiny, exported: Exported) -> None:
+def test_a_blend_is_peft_s_weighted_adapter(tiny: GetTiny, exported: Exported, parity: Parity) -> None:
     model, inputs = tiny("llama"), case("llama")
     weights = {"adapter0": 0.7, "adapter1": 0.3}
     tuned = PeftModel.from_pretrained(base_model("llama", model.base), model.adapters[0], adapter_name="adapter0")
@@ -75,7 +76,9 @@ def test_a_blend_is_peft_s_weighted_adapter(tiny: GetTiny, exported: Exported) -
             tuned.set_adapter("adapter0")
             tuned.delete_adapter("blend")
             session.use(values)
-            assert error(expected, session.run(inputs)["logits"], inputs) < CLOSE
+            blended = error(expected, session.run(inputs)["logits"], inputs)
+            parity.add(model.adapters[0], "llama", adapter="LoRA", errors={"blended": blended})
+            assert blended < CLOSE
         session.use({"adapter1": 1.0})
         one = session.run(inputs)["logits"]
         session.use("adapter1")
@@ -122,9 +125,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "five": {"r": 2, "target_modules": ["key"], "modules_to_save": ["classifier"]},
     "1": {"r": 2, "target_modules": ["query"]},
 }
+LABELS = {
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "patterns": "LoRA, rank and alpha patterns",
+    "lora-bias": "LoRA with lora_bias",
+    "all-biases": "LoRA and all biases",
+    "on-the-head": "DoRA on a head",
+    "own-biases": "LoRA and its modules' biases",
+    "embedding": "LoRA on embeddings",
+    "three": "LoRA and a head",
+    "five": "LoRA and a head of another size",
+    "1": "LoRA",
+}
 
 
-def test_every_variant_in_one_bundle(tmp_path: Path) -> None:
+def test_every_variant_in_one_bundle(tmp_path: Path, parity: Parity) -> None:
     """Eleven adapters of one base, also with heads of other sizes, and one whose name is part of a module's path."""
     torch.manual_seed(0)
     base = tmp_path / "base"
@@ -151,6 +167,7 @@ def test_every_variant_in_one_bundle(tmp_path: Path) -> None:
             session.use(name)
             logits = session.run(inputs)["logits"]
             assert logits.shape == (2, 5 if name == "five" else 3)
+            parity.add(folder, "bert", adapter=LABELS[name], errors={"swapped": error(expected, logits, inputs)})
             assert error(expected, logits, inputs) < CLOSE, name
             seen.add(logits.tobytes())
     assert len(seen) == len(VARIANTS)

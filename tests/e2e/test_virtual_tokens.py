@@ -29,6 +29,7 @@ from edgeadapt.runtime import Session, open_session
 from tests.e2e.reference import CLOSE, error, with_peft
 from tests.e2e.tiny import save_adapter
 from tests.e2e.virtual import CONFIGS, SMALL, VOCAB, logits_of, save_base, save_virtual, with_virtual, written_by
+from tests.parity import Parity
 
 LLAMA = transformers.LlamaForCausalLM
 GEMMA = transformers.Gemma2ForCausalLM
@@ -68,7 +69,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Virtual:
     return Virtual(base, folders, export_bundle(recipe).path)
 
 
-def test_every_type_is_peft_s_own_forward(llama: Virtual) -> None:
+def test_every_type_is_peft_s_own_forward(llama: Virtual, parity: Parity) -> None:
     """Whole, in chunks, token by token, rows of several lengths; and there and back again to the bit."""
     inputs = _inputs()
     bundle = open_bundle(llama.bundle)
@@ -87,6 +88,9 @@ def test_every_type_is_peft_s_own_forward(llama: Virtual) -> None:
             assert session.form == "plain"
             config, task = TASKS.get(name, (name, None))
             expected = logits_of(with_virtual(LLAMA, llama.base, llama.folders[config]), config, inputs, task)
+            parity.add(
+                llama.folders[config], "llama", adapter=config, errors={"swapped": error(expected, logits, inputs)}
+            )
             assert error(expected, logits, inputs) < CLOSE, name
             for size in (1, 4):
                 again = session.run(inputs, chunk_size=size)["logits"]

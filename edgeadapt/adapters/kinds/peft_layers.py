@@ -70,7 +70,7 @@ _TYPES: Mapping[str, _Type] = {
 KINDS: Mapping[str, str] = {name: kind.summary for name, kind in _TYPES.items()}
 
 _LORA = "train LoRA, or another type of `edgeadapt list kinds`"
-_REFUSED: Mapping[str, tuple[str, str]] = {
+REFUSED: Mapping[str, tuple[str, str]] = {
     "adaption_prompt": (
         "LLaMA-Adapter adds a gated attention to learned tokens in each layer: that is no product with a weight",
         "train prefix tuning, which the key-value cache holds, or LoRA",
@@ -100,7 +100,7 @@ _SIGNS = (
 
 def claims(layout: str, config: Mapping[str, Any]) -> bool:
     """Tell whether the files in `layout` with `config` are of one of these kinds, or of one that is refused."""
-    return layout == "peft" and (kind_of(config) in _TYPES or kind_of(config) in _REFUSED)
+    return layout == "peft" and (kind_of(config) in _TYPES or kind_of(config) in REFUSED)
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -115,8 +115,8 @@ def check(config: Mapping[str, Any]) -> tuple[str, ...]:
         AdapterError: the type is refused, or set to draw random numbers at each run.
     """
     kind = kind_of(config)
-    if kind in _REFUSED:
-        reason, hint = _REFUSED[kind]
+    if kind in REFUSED:
+        reason, hint = REFUSED[kind]
         raise AdapterError(f"peft_type {config['peft_type']!r} cannot be exported: {reason}", hint=hint)
     if config.get("sample_at_inference"):
         raise AdapterError(
