@@ -40,9 +40,13 @@ def inspect(
 
 
 def _describe_adapters(path: Path, base: Path | None) -> list[dict[str, Any]]:
-    from edgeadapt.adapters import describe, parameter_count, read_adapters
+    from edgeadapt.adapters import describe, read_adapters
 
-    whole = None if base is None else parameter_count(base)
+    whole = None
+    if base is not None:
+        from edgeadapt.adapters import parameter_count
+
+        whole = parameter_count(base)
     return [_with_share(describe(adapter), whole) for adapter in read_adapters(path)]
 
 

@@ -69,7 +69,7 @@ def _show_tables(path: str, summary: dict[str, Any]) -> None:
         {
             "adapter": name,
             **record,
-            "share_of_base": record["parameters"] / whole,
+            "parameters": f"{record['parameters']} ({record['parameters'] / whole:.2%})",
             "labels": len(record["labels"]) or None,
             "pruned": _pruned(record["pruned"]),
             "blend": _blended(record["blend"]),

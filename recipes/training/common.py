@@ -27,15 +27,16 @@ def save_adapter(model: Any, folder: Path, base_name: str, *, dtype: torch.dtype
     """Save the adapter of a PeftModel in `folder` with `dtype` tensors and settings that are the same at every run."""
     model.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        if parameter.requires_grad or "lora_" in name or "modules_to_save" in name:
             parameter.data = parameter.data.to(dtype)
     # No look at the hub for a changed vocabulary: the embedding is never trained here.
     model.save_pretrained(folder, save_embedding_layers=False)
     path = folder / "adapter_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     # peft keeps target_modules as a set, whose order differs from run to run.
-    if isinstance(settings["target_modules"], list):
-        settings["target_modules"] = sorted(settings["target_modules"])
+    for key in ("target_modules", "feedforward_modules"):
+        if isinstance(settings.get(key), list):
+            settings[key] = sorted(settings[key])
     path.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
-"""Train a LoRA that answers one task in SmolLM2-135M-Instruct's chat format, save it in float16, and score it.
+"""Train an adapter that answers one task in SmolLM2-135M-Instruct's chat format, save it in float16, and score it.
 
     python recipes/training/train_chat.py sql --base SmolLM2-135M-Instruct.Q4_1.gguf -o recipes/adapters/sql
+    python recipes/training/train_chat.py sql --kind ia3 --learning-rate 0.02 --base ... -o recipes/adapters/sql-ia3
 
 Loss on the answer only. Deterministic on one machine (seeds, one thread). Writes the adapter, a README with the scores
 and the base's fingerprint.
@@ -20,7 +21,7 @@ import json_task
 import sql_task
 import torch
 from common import save_adapter, stamp, tokenizer_of
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from edgeadapt.merging.load import load_base_model
 
@@ -43,23 +44,40 @@ def main() -> None:
     held_out = task.examples("held_out", HELD_OUT_COUNT)
     base_score = None if args.skip_base else exact_match(base.module, tokenizer, held_out)[0]
 
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=args.rank, lora_alpha=2 * args.rank, target_modules=LINEAR, lora_dropout=0.0
-    )
-    model = get_peft_model(base.module, config)
+    model = get_peft_model(base.module, _config(args))
     started = time.perf_counter()
     loss = train(model, encode(tokenizer, task.examples("train", task.TRAIN_COUNT)), args)
     seconds = time.perf_counter() - started
     save_adapter(model, args.output, BASE_NAME, dtype=torch.float16)
 
     # Score the file as it ships (float16), through the library that saved it.
-    shipped = PeftModel.from_pretrained(model.unload(), args.output).eval()
+    bare = model.get_base_model() if args.kind == "prefix" else model.unload()
+    shipped = PeftModel.from_pretrained(bare, args.output).eval()
     score, wrong = exact_match(shipped, tokenizer, held_out)
     for prompt, expected, got in wrong:
         print(f"wrong: {prompt}\n  expected {expected}\n  got      {got}", file=sys.stderr)
     _write_readme(args, base_score, score, loss)
     stamp(args.output, base, BASE_NAME)
     print(f"{args.task}: exact match base {base_score}, adapter {score:.3f}; loss {loss:.4f}; {seconds:.0f} s")
+
+
+def _config(args: argparse.Namespace) -> PeftConfig:
+    common = {"task_type": "CAUSAL_LM"}
+    if args.kind == "ia3":
+        return IA3Config(**common, target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    if args.kind == "prefix":
+        return PrefixTuningConfig(**common, num_virtual_tokens=args.virtual_tokens)
+    rank = {"r": args.rank, "lora_alpha": 2 * args.rank, "lora_dropout": 0.0}
+    return LoraConfig(**common, **rank, target_modules=LINEAR, use_dora=args.kind == "dora")
+
+
+def _described(args: argparse.Namespace) -> str:
+    return {
+        "lora": f"LoRA r={args.rank} (alpha {2 * args.rank}) on every linear",
+        "dora": f"DoRA r={args.rank} (alpha {2 * args.rank}) on every linear",
+        "ia3": "IA3 on keys, values and the inputs of down_proj",
+        "prefix": f"Prefix tuning with {args.virtual_tokens} virtual tokens",
+    }[args.kind]
 
 
 def encode(tokenizer: Any, examples: list[dict[str, str]]) -> list[tuple[list[int], list[int]]]:
@@ -113,6 +131,9 @@ def _batch_loss(model: Any, batch: list[tuple[list[int], list[int]]]) -> torch.T
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in batch])
     labels = torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in batch])
+    if model.peft_config["default"].is_prompt_learning:  # its tokens come before the text's in peft's own forward
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
     causal = model.get_base_model()
     hidden = causal.model(input_ids=ids, attention_mask=mask).last_hidden_state  # float32[batch, width, hidden]
     # The head (a fifth of the work) only where an answer's token is predicted.
@@ -147,7 +168,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("task", choices=sorted(TASKS))
     parser.add_argument("--base", required=True, help="SmolLM2-135M-Instruct: GGUF file, folder or hub id")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the adapter")
+    parser.add_argument("--kind", choices=["lora", "dora", "ia3", "prefix"], default="lora")
     parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--virtual-tokens", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
@@ -160,9 +183,13 @@ def _arguments() -> argparse.Namespace:
 
 def _write_readme(args: argparse.Namespace, base_score: float | None, score: float, loss: float) -> None:
     base_line = "" if base_score is None else f"| base, no adapter | {base_score:.1%} |\n"
-    text = f"""# {args.task}
+    flags = f"--kind {args.kind} " if args.kind != "lora" else ""
+    flags += f"--virtual-tokens {args.virtual_tokens} " if args.kind == "prefix" else ""
+    flags += f"--rank {args.rank}" if "ora" in args.kind else ""
+    flags += "" if args.kind == "lora" else f" --learning-rate {args.learning_rate:g} --epochs {args.epochs}"
+    text = f"""# {args.output.name}
 
-LoRA r={args.rank} (alpha {2 * args.rank}) on every linear of {BASE_NAME}, float16.
+{_described(args)} of {BASE_NAME}, float16.
 Data: `recipes/training/{args.task}_task.py` ({TASKS[args.task].TRAIN_COUNT} training examples).
 
 | exact match, {HELD_OUT_COUNT} held-out examples | |
@@ -172,7 +199,7 @@ Data: `recipes/training/{args.task}_task.py` ({TASKS[args.task].TRAIN_COUNT} tra
 Last epoch's training loss {loss:.4f}.
 
 ```
-python recipes/training/train_chat.py {args.task} --base SmolLM2-135M-Instruct.Q4_1.gguf --rank {args.rank} -o FOLDER
+python recipes/training/train_chat.py {args.task} --base SmolLM2-135M-Instruct.Q4_1.gguf {flags.strip()} -o FOLDER
 ```
 """
     (args.output / "README.md").write_text(text, encoding="utf-8")
