@@ -14,6 +14,7 @@ from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
 from edgeadapt.bundle import adapter_json, golden, manifest, rules, stored
 from edgeadapt.bundle.bind import bind
 from edgeadapt.bundle.write import write_adapter, write_manifest
+from edgeadapt.decoder_spec import DecoderSpec
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,7 @@ def text(root):
         manifest.Blend,
         manifest.BlendPart,
         manifest.FileRecord,
+        DecoderSpec,
         adapter_json.AdapterJson,
         adapter_json.TensorRecord,
     ],
