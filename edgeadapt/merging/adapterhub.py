@@ -40,7 +40,7 @@ def hub_module(base: BaseModel, adapter: Adapter) -> nn.Module:
     module = share(base.module)
     with quiet(), _calm():
         try:
-            library.init(module)
+            library.init(module, **_interface(adapter))
             _load(module, adapter)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -73,6 +73,14 @@ def _load(model: Any, adapter: Adapter) -> None:
         safe = (fusion["folder"] / "model_adapter_fusion.safetensors").is_file()
         model.load_adapter_fusion(str(fusion["folder"]), set_active=False, use_safetensors=safe, **options)
     model.set_active_adapters(AdapterCompositionBlock.from_dict(_saved(adapter.config["setup"])))
+
+
+def _interface(adapter: Adapter) -> dict[str, Any]:
+    """Return how the library is to look at a model that it knows through a plugin interface alone."""
+    from adapters import AdapterModelInterface
+
+    found = next((part.config["interface"] for part in parts_of(adapter).values() if "interface" in part.config), None)
+    return {} if found is None else {"interface": AdapterModelInterface(**found)}
 
 
 def parts_of(adapter: Adapter) -> dict[str, Adapter]:

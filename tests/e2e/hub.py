@@ -67,7 +67,8 @@ SETUPS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "average": ({"l": CONFIGS["lora"], "m": CONFIGS["lora_all"]}, Average("l", "m", weights=[0.3, 0.7])),
 }
 """Compositions: their adapters, and how they are put together."""
-AS_PICKLE = {"normalized", "double_seq_bn", "prefix", "prefix_flat", "mam"}  # safetensors refuses what shares memory
+# safetensors refuses what shares memory
+AS_PICKLE = {"fusion_static", "normalized", "double_seq_bn", "prefix", "prefix_flat", "mam"}
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,11 @@ FAMILIES = {
     "llama": Family(
         *(transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
         (*_LLAMA, "prefix", "prefix_flat", "mam", "stack_of_methods", "stack_of_fusion", "average"),
+    ),
+    # which the library knows through a plugin interface
+    "qwen2": Family(
+        *(transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**DECODER)),
+        ("seq_bn", "par_bn", "seq_bn_inv", "lora", "stack_of_fusion"),
     ),
     "vit": Family(
         *(transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE, num_labels=3)),
@@ -147,7 +153,7 @@ def save_setup(model: Any, name: str, folder: Path, *, seed: int = 1) -> Path:
             for key, parameter in model.named_parameters():
                 if any(part in key for part in names) or _is_of_head(model, key):
                     parameter.add_(0.2 * torch.randn_like(parameter))
-        model.save_adapter_setup(str(folder), setup, use_safetensors=True)
+        model.save_adapter_setup(str(folder), setup, use_safetensors=name not in AS_PICKLE)
     return folder
 
 

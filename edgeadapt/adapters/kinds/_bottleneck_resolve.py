@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,41 +12,13 @@ from edgeadapt.adapters.fingerprint import base_label, check_digest, check_unrou
 from edgeadapt.adapters.hub_heads import resolve_head
 from edgeadapt.adapters.hub_keys import head_tensors
 from edgeadapt.adapters.kinds._bottleneck_config import activation_of, reads_of, width_of
+from edgeadapt.adapters.kinds._bottleneck_rows import Row, row_of
 from edgeadapt.adapters.kinds._bottleneck_tensors import Place, matrix, places_of
 from edgeadapt.adapters.kinds._invertible import resolve_invertible
 from edgeadapt.adapters.selection import Move, find_move, name_some
 from edgeadapt.errors import AdapterError
 
 _RIGHT_BASE = "give the base that the adapter was trained on, loaded for the same task"
-
-
-@dataclass(frozen=True)
-class _Row:
-    """Where the library puts bottlenecks in one family of models.
-
-    location: in a layer, as keys have it; flag: the setting that puts an adapter there
-    product: the module whose output the bottleneck changes; norm: what normalizes its sum with the residual, or None
-        where that is the next layer's affair
-    """
-
-    location: str
-    flag: str
-    product: str
-    norm: str | None
-
-
-_ROWS = (
-    _Row("attention.output", "mh_adapter", "attention.output.dense", "attention.output.LayerNorm"),  # BERT, RoBERTa
-    _Row("output", "output_adapter", "output.dense", "output.LayerNorm"),
-    _Row("attention_adapters", "mh_adapter", "attention.out_lin", "sa_layer_norm"),  # DistilBERT
-    _Row("output_adapters", "output_adapter", "ffn.lin2", "output_layer_norm"),
-    _Row("attention_adapters", "mh_adapter", "attn.c_proj", None),  # GPT-2
-    _Row("output_adapters", "output_adapter", "mlp.c_proj", None),
-    _Row("attention_adapters", "mh_adapter", "self_attn.o_proj", None),  # Llama, Mistral
-    _Row("output_adapters", "output_adapter", "mlp.down_proj", None),
-    _Row("attention_adapters", "mh_adapter", "attention.output.dense", None),  # ViT
-    _Row("output.output_adapters", "output_adapter", "output.dense", None),
-)
 
 
 def resolve_bottleneck(adapter: Adapter, modules: Mapping[str, TargetModule], base_name: str | None) -> ResolvedAdapter:
@@ -71,7 +42,7 @@ def resolve_places(
         AdapterError: a layer has no tensors, a tensor has no use, or the base does not fit.
     """
     places = places_of(adapter)
-    rows = {name: _row(place, modules, base_name) for name, place in places.items()}
+    rows = {name: row_of(adapter, place, modules, base_name) for name, place in places.items()}
     paths = {name: f"{place.layer}.{rows[name].product}" for name, place in places.items()}
     move = find_move(paths.values(), modules)
     _check_complete(adapter, places, rows, move, modules, base_name=base_name)
@@ -83,25 +54,10 @@ def resolve_places(
     return found, resolve_invertible(adapter, modules, move, base_name)
 
 
-def _row(place: Place, modules: Mapping[str, TargetModule], base_name: str | None) -> _Row:
-    """Return the row whose modules the base's layer of that number has."""
-    for row in _ROWS:
-        wanted = [part for part in (row.product, row.norm) if part is not None]
-        if row.location == place.location and all(
-            any(path.endswith(f".{place.index}.{part}") for path in modules) for part in wanted
-        ):
-            return row
-    raise AdapterError(
-        f"the adapter has a bottleneck at {place.layer}.{place.location}; no such place is known in "
-        f"{base_label(base_name)}",
-        hint="known are BERT and RoBERTa, DistilBERT, GPT-2, Llama and Mistral, ViT; " + _RIGHT_BASE,
-    )
-
-
 def _check_complete(
     adapter: Adapter,
     places: Mapping[str, Place],
-    rows: Mapping[str, _Row],
+    rows: Mapping[str, Row],
     move: Move,
     modules: Mapping[str, TargetModule],
     *,
@@ -146,10 +102,11 @@ def _layers(places: Mapping[str, Place], move: Move, modules: Mapping[str, Targe
 
 
 def _bottleneck(
-    adapter: Adapter, place: Place, row: _Row, move: Move, modules: Mapping[str, TargetModule]
+    adapter: Adapter, place: Place, row: Row, move: Move, modules: Mapping[str, TargetModule]
 ) -> Bottleneck:
     settings = adapter.config["config"]
     reads, behind_norm = reads_of(settings, normed=row.norm is not None)
+    reads = row.check_reads(reads)
     site = move.to_base(f"{place.layer}.{row.product}")
     if behind_norm:
         site = f"{site.removesuffix(row.product)}{row.norm}"

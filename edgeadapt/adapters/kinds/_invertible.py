@@ -2,12 +2,15 @@
 
 The halves x1, x2 of an embedding become y1 = x1 + F(x2) and y2 = x2 + G(y1) with F and G two linear layers and an
 activation between: two bottlenecks, one behind the other, each with zeros for the half that it does not read or write.
+With a plugin interface the library also puts the inverse before a language model's head: x2 = y2 - G(y1), then
+x1 = y1 - F(x2).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,8 +26,9 @@ _PARTS = frozenset(f"{net}.{layer}.{what}" for net in "FG" for layer in (0, 2) f
 _SITES: tuple[tuple[str, Reads], ...] = (
     ("embeddings.LayerNorm", "output"),  # BERT, RoBERTa, DistilBERT
     ("wte", "sum"),  # GPT-2, which adds positions
-    ("embed_tokens", "output"),  # Llama, Mistral
+    ("embed_tokens", "output"),  # Llama, Mistral, and most that have a plugin interface
 )
+_LAST_NORMS = ("norm", "final_layernorm")
 
 
 def is_invertible(key: str) -> bool:
@@ -72,27 +76,49 @@ def resolve_invertible(
             hint="known are BERT and RoBERTa, DistilBERT, GPT-2, Llama and Mistral; give the base that the adapter was "
             "trained on",
         )
-    values = {name: tensor.read() for name, tensor in parts.items()}
-    features = modules[place[0]].out_features
+    nets = _nets({name: tensor.read() for name, tensor in parts.items()}, modules[place[0]].out_features)
+    activation = activation_of(adapter.config)
+    forth = tuple(Bottleneck(*place, activation, False, *nets[net], stage=stage) for stage, net in enumerate("FG"))
+    if "interface" not in adapter.config or "lm_head" not in modules:
+        return forth
+    norm = next((path for name in _LAST_NORMS if (path := move.to_base(f"{model}{name}")) in modules), None)
+    if norm is None:
+        raise AdapterError(
+            "the adapter has an invertible part, whose inverse the library puts before the language model's head; the "
+            f"norm before that is not known in {base_label(base_name)}",
+            hint="train it with inv_adapter=None",
+        )
+    return (*forth, *_inverse(forth, norm))
+
+
+def _inverse(forth: tuple[Bottleneck, ...], norm: str) -> tuple[Bottleneck, ...]:
+    """Return what undoes a coupling, behind the module `norm`."""
+    return tuple(
+        replace(one, site=norm, reads="output", up=-one.up, up_bias=-one.up_bias, stage=stage)
+        for stage, one in enumerate(reversed(forth))
+    )
+
+
+def _nets(values: Mapping[str, Array], features: int) -> dict[str, tuple[Array, Array, Array, Array]]:
+    """Return down, down_bias, up and up_bias of F and G, over all of an embedding.
+
+    Raises:
+        AdapterError: a shape does not fit.
+    """
     half = features // 2
     first, second = slice(0, half), slice(half, features)
-    widths = {net: len(values[f"{net}.0.bias"]) for net in "FG"}
-    shapes = {"F": (features - half, half), "G": (half, features - half)}
-    for net, (inputs, outputs) in shapes.items():
-        found = (values[f"{net}.0.weight"].shape, values[f"{net}.2.weight"].shape)
-        if found != ((widths[net], inputs), (outputs, widths[net])) or len(values[f"{net}.2.bias"]) != outputs:
+    found: dict[str, tuple[Array, Array, Array, Array]] = {}
+    for net, read, written in (("F", second, first), ("G", first, second)):
+        narrow, wide, bias = (values[f"{net}.{part}"] for part in ("0.weight", "2.weight", "2.bias"))
+        width, inputs, outputs = len(values[f"{net}.0.bias"]), len(range(features)[read]), len(range(features)[written])
+        if (narrow.shape, wide.shape, bias.shape) != ((width, inputs), (outputs, width), (outputs,)):
             raise AdapterError(
-                f"the invertible part's {net} has the shapes {list(found[0])} and {list(found[1])}, an embedding of "
-                f"{features} needs [{widths[net]}, {inputs}] and [{outputs}, {widths[net]}]",
+                f"the invertible part's {net} has the shapes {list(narrow.shape)} and {list(wide.shape)}, an embedding "
+                f"of {features} needs [{width}, {inputs}] and [{outputs}, {width}]",
                 hint="the adapter's files do not belong together, or give the base that the adapter was trained on",
             )
-
-    def bottleneck(net: str, read: slice, written: slice, stage: int) -> Bottleneck:
-        down, up = np.zeros((features, widths[net]), np.float32), np.zeros((widths[net], features), np.float32)
+        down, up = np.zeros((features, width), np.float32), np.zeros((width, features), np.float32)
         up_bias: Array = np.zeros(features, np.float32)
-        down[read], up[:, written] = values[f"{net}.0.weight"].T, values[f"{net}.2.weight"].T
-        up_bias[written] = values[f"{net}.2.bias"]
-        terms = (down, values[f"{net}.0.bias"].astype(np.float32), up, up_bias)
-        return Bottleneck(*place, activation_of(adapter.config), False, *terms, stage=stage)
-
-    return bottleneck("F", second, first, 0), bottleneck("G", first, second, 1)
+        down[read], up[:, written], up_bias[written] = narrow.T, wide.T, bias
+        found[net] = (down, values[f"{net}.0.bias"].astype(np.float32), up, up_bias)
+    return found

@@ -27,15 +27,15 @@ from edgeadapt.adapters.safetensors_file import read_tensors
 from edgeadapt.adapters.torch_file import read_torch_tensors
 from edgeadapt.errors import AdapterError
 
+INTERFACE = "adapter_interface.json"
 HEAD_CONFIG = "head_config.json"
 TENSORS = ("adapter.safetensors", "pytorch_adapter.bin")
 HEAD_TENSORS = ("model_head.safetensors", "pytorch_model_head.bin")
 
-_OTHERS = {
-    "adapter_interface.json": "an adapter of a model that the library knows through a plugin alone",
-    "embedding.pt": "embeddings of its own",
-}
-_TOP = frozenset({"config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"})
+_OTHERS = {"embedding.pt": "embeddings of its own"}
+_TOP = frozenset(
+    {"interface", "config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
+)
 _REASONS = {
     "prompt_tuning": "its prompt lengthens the text of encoders, the only models that the library has it for",
     "reft": "it changes the first and last positions only, which the graphs do not do yet",
@@ -101,7 +101,7 @@ def _head_in(folder: Path) -> tuple[dict[str, Any], dict[str, TensorRef]]:
 
 
 def _single(name: str, folder: Path, root: Path) -> Adapter:
-    config = read_config(folder)
+    config = {**read_config(folder), **_interface_of(folder)}
     file = folder / CONFIG
     try:
         _check_shape(config)
@@ -132,6 +132,25 @@ def _refuse_others(folder: Path, root: Path) -> None:
                     f"{place / name} says that this is {what}, which edgeadapt does not read yet",
                     hint="save one adapter alone with save_adapter, or give a copy of its folder without that file",
                 )
+
+
+def _interface_of(folder: Path) -> dict[str, Any]:
+    """Return what adapter_interface.json says of a model that the library knows through a plugin interface alone.
+
+    Raises:
+        AdapterError: it is damaged.
+    """
+    file = folder / INTERFACE
+    if not file.is_file():
+        return {}
+    try:
+        interface = json.loads(file.read_bytes())["interface"]
+        named = all(value is None or isinstance(value, str | list) for value in interface.values())
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        named = False
+    if not named:
+        raise AdapterError(f"{file} is no plugin interface", hint="copy or download the adapter again")
+    return {"interface": interface}
 
 
 def _check_shape(config: Mapping[str, Any]) -> None:

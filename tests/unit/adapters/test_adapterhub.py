@@ -18,8 +18,10 @@ import torch
 import transformers
 
 from edgeadapt.adapters import describe, read_adapters
+from edgeadapt.adapters.resolve import resolve
 from edgeadapt.adapters.torch_file import read_torch_tensors
 from edgeadapt.errors import AdapterError
+from edgeadapt.merging.modules import target_modules
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 UP = "bert.encoder.layer.0.output.adapters.adapter_up.weight"
@@ -255,6 +257,48 @@ def test_the_tensors_of_another_method_are_refused(folder: Path) -> None:
     for settings in ({"architecture": "lora", "r": 4}, {"architecture": "prefix_tuning", "prefix_length": 3}):
         edit(folder, lambda config, settings=settings: config.update(config=settings))  # type: ignore[misc]
         assert refusal(folder) == f"tensor {key!r} in FOLDER/adapter.safetensors does not fit its config"
+
+
+PLUGINS: dict[str, tuple[Any, Any, str]] = {
+    "phi": (
+        transformers.PhiForCausalLM(transformers.PhiConfig(**SMALL, num_key_value_heads=2)),
+        adapters.ParBnConfig(reduction_factor=4),
+        "a bottleneck at 'mlp.fc2' reads the residual, which the plugin interface does not name",
+    ),
+    "gemma": (
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+        adapters.SeqBnConfig(reduction_factor=4),
+        (
+            "a bottleneck at 'mlp.down_proj' reads the residual, through 'post_feedforward_layernorm', of which the "
+            "library takes the last layer's in all layers"
+        ),
+    ),
+    "gemma in parallel": (
+        transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8)),
+        adapters.ParBnConfig(reduction_factor=4),
+        (
+            "a bottleneck at 'mlp.down_proj' reads the residual, which is another in this model than the plugin "
+            "interface is known to mean"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_what_a_plugin_interface_does_not_say_is_refused(name: str, tmp_path: Path) -> None:
+    model, config, message = PLUGINS[name]
+    modules = target_modules(model)
+    logging.getLogger("adapters").setLevel(logging.CRITICAL)
+    adapters.init(model)
+    model.add_adapter(name, config=config)
+    model.save_adapter(str(tmp_path / "x"), name, use_safetensors=True)
+    model.delete_adapter(name)
+    (adapter,) = read_adapters(tmp_path / "x")
+    with pytest.raises(AdapterError) as caught:
+        resolve(adapter, modules)
+    assert caught.value.message == f"adapter 'x': {message}"
+    (tmp_path / "x" / "adapter_interface.json").write_text('{"interface": {"layer_self_attn": 1}}')
+    assert refusal(tmp_path / "x") == "FOLDER/adapter_interface.json is no plugin interface"
 
 
 def test_a_damaged_composition_is_refused(folder: Path) -> None:
