@@ -26,8 +26,9 @@ HEAD = """# Adapters
 Written by `scripts/adapters_page.py` from the registry and from what the tests measured (`tests/parity.json`).
 
 Each figure is the largest difference of a bundle's outputs (unquantized, through the session that an app uses) from the
-forward of the library that trained the adapter, unmerged, relative to the largest output, over small random models of
-the architectures that are named. It must be below 1e-4. *Swapped*: beside the base, with other adapters in the same
+forward of the library that trained the adapter, unmerged, or from a torch model after the paper where no library trains
+one, relative to the largest output, over small random models of the architectures that are named. It must be below
+1e-4. *Swapped*: beside the base, with other adapters in the same
 bundle. *Merged*: in the weights (`--merge`). *Blended*: in two parts of a weighted blend. A dash: not possible, for the
 reason given, or not compared.
 """

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+SOURCE = "own code (edgeadapt's layout)"
+
 
 class ConvAdapter(nn.Module):
     """Chen et al., "Conv-Adapter", arXiv 2208.07463: alpha (W_up (1x1) * f(W_down (k x k, depth-wise) * h))."""

@@ -27,6 +27,7 @@ from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import open_session
 from tests.e2e import research
 from tests.e2e.tiny import IMAGE
+from tests.parity import Parity
 
 TOLERANCE = 1e-4
 CLASSES = 3
@@ -85,11 +86,11 @@ def own(made: Made, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.bundle, tmp_path / "own.bundle"))
 
 
-def close(expected: torch.Tensor, found: np.ndarray) -> bool:
-    return bool(np.abs(expected.numpy() - found).max() <= TOLERANCE * expected.abs().max())
+def off(expected: torch.Tensor, found: np.ndarray) -> float:
+    return float(np.abs(expected.numpy() - found).max() / expected.abs().max())
 
 
-def test_swapped_it_equals_the_paper(made: Made) -> None:
+def test_swapped_it_equals_the_paper(made: Made, parity: Parity) -> None:
     images = pictures(11, 4)
     read = features(made.model, images)
     found: dict[str | None, set[bytes]] = {None: set(), "few": set(), "many": set()}
@@ -101,13 +102,21 @@ def test_swapped_it_equals_the_paper(made: Made) -> None:
             found[name].add(outputs["logits"].tobytes())
             with torch.no_grad():
                 expected = (made.caches[name] if name else made.model.classifier)(read)
-            assert close(expected, outputs["logits"])
+            error = off(expected, outputs["logits"])
+            assert error <= TOLERANCE
+            if name is not None:
+                parity.add(
+                    *(made.bundle.parent / name, "clip (zero-shot)"),
+                    source=research.SOURCE,
+                    adapter="Tip-Adapter",
+                    errors={"swapped": error},
+                )
     assert [len(runs) for runs in found.values()] == [1, 1, 1]
     assert open_bundle(made.bundle).manifest.parity["max_relative_error"] <= TOLERANCE
     assert verify_bundle(made.bundle) == []
 
 
-def test_examples_are_appended_without_torch(made: Made, own: Path, tmp_path: Path) -> None:
+def test_examples_are_appended_without_torch(made: Made, own: Path, tmp_path: Path, parity: Parity) -> None:
     """By the command line, in a process that never imports torch."""
     np.savez(tmp_path / "more.npz", pixel_values=pictures(7, 3))
     code = (
@@ -124,7 +133,14 @@ def test_examples_are_appended_without_torch(made: Made, own: Path, tmp_path: Pa
     with open_session(own) as session, open_session(made.bundle) as before:
         session.use("few")
         with torch.no_grad():
-            assert close(cache(features(made.model, images)), session.run({"pixel_values": images})["logits"])
+            error = off(cache(features(made.model, images)), session.run({"pixel_values": images})["logits"])
+        assert error <= TOLERANCE
+        parity.add(
+            *(made.bundle.parent / "few", "clip (zero-shot)"),
+            source=research.SOURCE,
+            adapter="Tip-Adapter-enrolled",
+            errors={"swapped": error},
+        )
         for name in (None, "many"):
             session.use(name)
             before.use(name)
@@ -144,7 +160,25 @@ def test_an_adapter_of_examples_alone(made: Made, own: Path) -> None:
     with open_session(own) as session:
         session.use("fresh")
         with torch.no_grad():
-            assert close(cache(features(made.model, images)), session.run({"pixel_values": images})["logits"])
+            found = session.run({"pixel_values": images})["logits"]
+            assert off(cache(features(made.model, images)), found) <= TOLERANCE
+    assert verify_bundle(own) == []
+
+
+def test_a_folder_is_added_without_torch(made: Made, own: Path) -> None:
+    code = (
+        "import sys\nfrom edgeadapt.addition import add_adapter\n"
+        "add_adapter(sys.argv[1], sys.argv[2], name='again')\n"
+        "assert not {'torch', 'transformers', 'peft', 'onnx_ir'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(own), str(made.bundle.parent / "many")], check=True, timeout=120)
+    images = pictures(14)
+    with open_session(own) as session:
+        found = []
+        for name in ("many", "again"):
+            session.use(name)
+            found.append(session.run({"pixel_values": images})["logits"].tobytes())
+    assert found[0] == found[1]
     assert verify_bundle(own) == []
 
 
