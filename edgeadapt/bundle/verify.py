@@ -16,7 +16,7 @@ from edgeadapt.bundle.names import MANIFEST_FILE
 from edgeadapt.bundle.onnx_adapter import OnnxAdapter, parse_onnx_adapter
 from edgeadapt.bundle.patch_files import patched_files
 from edgeadapt.bundle.prefix import check_prefix_tokens
-from edgeadapt.bundle.rules import WEIGHTS_FILE, dump_manifest, patch_path, slot_inputs
+from edgeadapt.bundle.rules import WEIGHTS_FILE, parse_manifest, patch_path, slot_inputs
 from edgeadapt.bundle.stored import to_float32
 from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import BundleError, EdgeAdaptError
@@ -53,8 +53,9 @@ def verify_files(bundle: Bundle) -> list[Finding]:
 
 
 def _check_manifest_file(bundle: Bundle) -> list[Finding]:
+    """Compare what lies there with what was opened; an export of an earlier version has fewer fields than are known."""
     try:
-        same = read_bytes(bundle.path / MANIFEST_FILE) == dump_manifest(bundle.manifest)
+        same = parse_manifest(read_bytes(bundle.path / MANIFEST_FILE), MANIFEST_FILE).digest == bundle.manifest.digest
     except EdgeAdaptError as error:
         return [Finding(MANIFEST_FILE, error.message)]
     return [] if same else [Finding(MANIFEST_FILE, "was changed after it was written")]

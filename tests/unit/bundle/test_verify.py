@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.bundle.golden import dump_golden
 from edgeadapt.bundle.manifest import FileRecord
 from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter
-from edgeadapt.bundle.rules import dump_manifest
+from edgeadapt.bundle.rules import dump_manifest, manifest_digest
 from edgeadapt.bundle.verify import Finding, verify_files
 from edgeadapt.errors import BundleError
+from edgeadapt.files import canonical_json
 
 ADAPTER = "adapters/one/adapter.onnx_adapter"
 JSON = "adapters/one/adapter.json"
@@ -27,6 +29,15 @@ def verify(bundle):
 def test_a_sound_bundle(make_bundle):
     assert verify(make_bundle("one", "two")) == []
     assert verify(make_bundle()) == []
+
+
+def test_a_bundle_of_an_earlier_version_that_knew_fewer_fields(make_bundle):
+    bundle = make_bundle("one")
+    content = json.loads((bundle.path / "manifest.json").read_bytes())
+    assert content.pop("bottlenecks") == content.pop("joined") == []
+    (bundle.path / "manifest.json").write_bytes(canonical_json({**content, "digest": manifest_digest(content)}))
+    assert verify(bundle) == []
+    assert verify_files(bundle) == [Finding("manifest.json", "was changed after it was written")]
 
 
 def test_one_flipped_byte_in_each_file(make_bundle):
