@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from tests.parity import Parity
 
 ROOT = Path(__file__).parent.parent
-_PARITY: dict[str, Parity] = {}
 # Before torch is imported: its threads sleep while they wait, which matters on machines with other work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A shell that starts the tests in the background ignores Ctrl-C for all its children; tests send it to theirs.
@@ -26,24 +25,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-parity", action="store_true", help="write tests/parity.json (see tests/parity.py)")
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    found = _PARITY.get("run")
-    if found is None or exitstatus != 0:
-        return
-    if session.config.getoption("--record-parity"):
-        found.write()
-    elif missing := found.missing():
-        text = f"\ntests/parity.json has no row for {missing[0]} ({len(missing)} in all): run with --record-parity\n"
-        sys.stderr.write(text)
-        session.exitstatus = 1
-
-
 @pytest.fixture(scope="session")
-def parity() -> Parity:
+def parity(request: pytest.FixtureRequest) -> Iterator[Parity]:
     """Where comparisons with the library that saved an adapter are told."""
     from tests.parity import Parity  # not where no test needs it: it imports edgeadapt
 
-    return _PARITY.setdefault("run", Parity())
+    found = Parity(recording=request.config.getoption("--record-parity"))
+    yield found
+    if found.recording:
+        found.write()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """What the tests measured of every kind of adapter against the library that saved it: tests/parity.json.
 
-A test that compares a bundle with a library's own forward tells it here (the fixture `parity`). With `--record-parity`
-pytest writes the file; any other run fails if it measured what the file does not hold. `scripts/adapters_page.py` makes
+A test that compares a bundle with a library's own forward tells it here (the fixture `parity`), and fails if the file
+does not hold that comparison. `pytest -n 0 --record-parity` writes the file. `scripts/adapters_page.py` makes
 docs/adapters.md of it.
 """
 
@@ -42,10 +42,15 @@ class Row:
 
 
 class Parity:
-    """The comparisons of one run."""
+    """The comparisons of one run.
 
-    def __init__(self) -> None:
-        self.rows: dict[tuple[str, ...], Row] = {}
+    recording: they are written into the file, instead of looked up in it
+    """
+
+    def __init__(self, *, recording: bool) -> None:
+        self.recording = recording
+        self._rows: dict[tuple[str, ...], Row] = {}
+        self._known = {row.key: row for row in recorded()}
 
     def add(
         self, folder: Path, model: str, *, source: str = "peft", adapter: str = "", errors: Mapping[str, float]
@@ -56,18 +61,15 @@ class Parity:
         reason = describe(first)["merge"]["reason"]
         for form, error in errors.items():
             row = Row(first.kind, adapter or first.kind, source, model, form, float(f"{error:.0e}"), reason)
-            if row.key not in self.rows or self.rows[row.key].error < row.error:
-                self.rows[row.key] = row
+            assert self.recording or row.key in self._known, f"{row.key} is not in {FILE}: run with --record-parity"
+            if row.key not in self._rows or self._rows[row.key].error < row.error:
+                self._rows[row.key] = row
 
     def write(self) -> None:
         """Write the file: what was measured, and what it held of comparisons that were not made."""
-        found = {row.key: row for row in recorded()} | self.rows
+        found = self._known | self._rows
         lines = ",\n".join(json.dumps(asdict(found[key])) for key in sorted(found))
         FILE.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
-
-    def missing(self) -> list[str]:
-        """Return the comparisons that the file does not hold."""
-        return [" ".join(key) for key in sorted(self.rows.keys() - {row.key for row in recorded()})]
 
 
 def recorded() -> tuple[Row, ...]:
