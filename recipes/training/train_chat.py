@@ -186,7 +186,7 @@ def _write_readme(args: argparse.Namespace, base_score: float | None, score: flo
     flags = f"--kind {args.kind} " if args.kind != "lora" else ""
     flags += f"--virtual-tokens {args.virtual_tokens} " if args.kind == "prefix" else ""
     flags += f"--rank {args.rank}" if "ora" in args.kind else ""
-    flags += "" if args.kind == "lora" else f" --learning-rate {args.learning_rate:g} --epochs {args.epochs}"
+    flags = flags.strip() + ("" if args.kind == "lora" else f" --learning-rate {args.learning_rate:g} --epochs {args.epochs}")
     text = f"""# {args.output.name}
 
 {_described(args)} of {BASE_NAME}, float16.
