@@ -43,7 +43,7 @@ def enroll(
         bundle: a bundle's folder, or what `open_bundle` returned; one that was exported with a Tip-Adapter.
         name: the adapter's.
         inputs: the examples, by the graph's input names, batched on axis 0.
-        classes: of each example, a class's index or its label.
+        classes: of each example, a class's label or index (a number in digits too, where no label is).
         alpha: what all votes are multiplied by, None for as it is (1 for a new adapter).
         beta: how much closer examples count for more, None for as it is (5.5 for a new adapter).
         progress: told of each stage.
@@ -104,7 +104,9 @@ def _empty(bundle: Bundle, slot: BranchSlot) -> dict[str, Array]:
 
 def _class_index(bundle: Bundle, name: str, item: int | str, columns: int) -> int:
     labels = bundle.labels_of(name if name in bundle.adapter_names else None)
-    index = labels.index(item) if item in labels else item
+    index: int | str = labels.index(str(item)) if item in labels else item
+    if isinstance(index, str) and index.isdecimal():
+        index = int(index)
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < columns:
         known = ", ".join(labels) if labels else f"0 to {columns - 1}"
         raise BundleError(f"there is no class {item!r}", hint=f"classes: {known}")

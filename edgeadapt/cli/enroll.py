@@ -52,7 +52,6 @@ def enroll(
     else:
         arrays = {"pixel_values": pixel_values(image or [], read_json_asset(opened, "preprocessor_config.json"))}
     count = len(next(iter(arrays.values()))) if arrays else 0
-    item = int(label) if label.isdigit() and label not in opened.labels_of(None) else label
     with reporter(quiet=quiet) as progress:
-        changed = enroll_examples(opened, name, arrays, [item] * count, alpha=alpha, beta=beta, progress=progress)
+        changed = enroll_examples(opened, name, arrays, [label] * count, alpha=alpha, beta=beta, progress=progress)
     show_bundle(changed, as_json=json, quiet=quiet)

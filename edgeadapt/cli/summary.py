@@ -29,7 +29,7 @@ def summarize(manifest: Manifest) -> dict[str, Any]:
         "merged": manifest.merged,
         "adapters": whole["adapters"],
         "adapter_dtype": manifest.adapter_dtype,
-        "slots": len(manifest.slots) + len(manifest.bottlenecks),
+        "slots": len(manifest.slots) + len(manifest.bottlenecks) + len(manifest.branches),
         "graphs": whole["graphs"],
         "quantization": whole["quantization"],
         "parity": whole["parity"],

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from edgeadapt.addition import verify_bundle
 from edgeadapt.bundle import open_bundle
 from edgeadapt.enrolment import enroll
-from edgeadapt.errors import BundleError
+from edgeadapt.errors import BundleError, MergeError
 from edgeadapt.merging.load import base_from_module
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
@@ -180,6 +180,27 @@ def test_a_folder_is_added_without_torch(made: Made, own: Path) -> None:
             found.append(session.run({"pixel_values": images})["logits"].tobytes())
     assert found[0] == found[1]
     assert verify_bundle(own) == []
+
+
+def test_merging_and_blending_are_refused(made: Made, tmp_path: Path) -> None:
+    folder = made.bundle.parent / "few"
+    base = base_from_module(
+        made.model,
+        name="zero-shot",
+        example_inputs={"pixel_values": torch.from_numpy(pictures(0))},
+        dynamic_axes={"pixel_values": {0: "batch"}},
+    )
+    with pytest.raises(MergeError) as merged:
+        export_bundle(Recipe((folder,), None, tmp_path / "x.bundle", quantize="none", merge=True), base=base)
+    assert merged.value.message == (
+        "adapter 'few' cannot be merged: it has networks of its own (cache beside 'classifier' first), which fold into "
+        "no weight"
+    )
+    with open_session(made.bundle) as session, pytest.raises(BundleError) as blended:
+        session.use({"few": 0.5, "many": 0.5})
+    assert blended.value.message == (
+        "an adapter of the blend has a network of its own beside module 'classifier', which has no weighted form"
+    )
 
 
 @pytest.mark.parametrize(
