@@ -183,10 +183,10 @@ def _arguments() -> argparse.Namespace:
 
 def _write_readme(args: argparse.Namespace, base_score: float | None, score: float, loss: float) -> None:
     base_line = "" if base_score is None else f"| base, no adapter | {base_score:.1%} |\n"
-    flags = f"--kind {args.kind} " if args.kind != "lora" else ""
-    flags += f"--virtual-tokens {args.virtual_tokens} " if args.kind == "prefix" else ""
-    flags += f"--rank {args.rank}" if "ora" in args.kind else ""
-    flags = flags.strip() + ("" if args.kind == "lora" else f" --learning-rate {args.learning_rate:g} --epochs {args.epochs}")
+    flags = [] if args.kind == "lora" else [f"--kind {args.kind}"]
+    flags += [f"--virtual-tokens {args.virtual_tokens}"] if args.kind == "prefix" else []
+    flags += [f"--rank {args.rank}"] if "ora" in args.kind else []
+    flags += [] if args.kind == "lora" else [f"--learning-rate {args.learning_rate:g} --epochs {args.epochs}"]
     text = f"""# {args.output.name}
 
 {_described(args)} of {BASE_NAME}, float16.
@@ -199,7 +199,7 @@ Data: `recipes/training/{args.task}_task.py` ({TASKS[args.task].TRAIN_COUNT} tra
 Last epoch's training loss {loss:.4f}.
 
 ```
-python recipes/training/train_chat.py {args.task} --base SmolLM2-135M-Instruct.Q4_1.gguf {flags.strip()} -o FOLDER
+python recipes/training/train_chat.py {args.task} --base SmolLM2-135M-Instruct.Q4_1.gguf {' '.join(flags)} -o FOLDER
 ```
 """
     (args.output / "README.md").write_text(text, encoding="utf-8")
