@@ -199,7 +199,7 @@ Data: `recipes/training/{args.task}_task.py` ({TASKS[args.task].TRAIN_COUNT} tra
 Last epoch's training loss {loss:.4f}.
 
 ```
-python recipes/training/train_chat.py {args.task} --base SmolLM2-135M-Instruct.Q4_1.gguf {' '.join(flags)} -o FOLDER
+python recipes/training/train_chat.py {args.task} --base SmolLM2-135M-Instruct.Q4_1.gguf {" ".join(flags)} -o FOLDER
 ```
 """
     (args.output / "README.md").write_text(text, encoding="utf-8")
