@@ -21,13 +21,14 @@ _RIGHT_BASE = "give the base that the adapter was trained on, loaded for the sam
 
 
 class _Stack(NamedTuple):
-    """A head of a base: its linear layers, what is between them, and a module that tells another task's base."""
+    """A head of a base: its linear layers, what is between them, and modules that tell its base from others."""
 
     head_type: str
     pooled: bool
     layers: tuple[str, ...]
     activation: str | None
     absent: str | None = None
+    present: str | None = None
 
 
 _STACKS = (
@@ -37,7 +38,11 @@ _STACKS = (
     _Stack("classification", False, ("pre_classifier", "classifier"), "relu"),  # DistilBERT
     _Stack("tagging", False, ("classifier",), None, absent="pooler.dense"),
     _Stack("question_answering", False, ("qa_outputs",), None),
+    _Stack("causal_lm", False, ("lm_head",), None),
+    _Stack("image_classification", False, ("classifier",), None, present="vit.layernorm"),
 )
+_SAME_LOGITS = {"multilabel_classification": "classification"}
+"""Types of head that differ from another in training alone."""
 
 
 def resolve_head(
@@ -92,6 +97,12 @@ def _stack(
     base_name: str | None,
 ) -> dict[str, Array]:
     """Return a head of layers in the places of the base's own."""
+    if config.get("layer_norm") and config.get("layers") != 1:
+        raise AdapterError(
+            f"a head of type {config.get('head_type')!r} with a norm between its layers is not one that "
+            f"{base_label(base_name)} has for its task",
+            hint="save the adapter with with_head=False, or train it with the base's own head",
+        )
     numbers = sorted({int(match[1]) for key in tensors if (match := re.fullmatch(r"heads\.(\d+)\.\w+", key))})
     known = {f"heads.{number}.{part}" for number in numbers for part in ("weight", "bias")}
     if not numbers or tensors.keys() - known or config.get("layers") != len(numbers):
@@ -110,13 +121,24 @@ def _stack(
         )
     replaced: dict[str, Array] = {}
     for number, path in zip(numbers, found, strict=True):
-        weight = tensors[f"heads.{number}.weight"].read()
-        bias = tensors.get(f"heads.{number}.bias")
-        if weight.shape[1:] != modules[path].weight_shape[1:]:
-            raise AdapterError(f"the head's layer {number} reads {weight.shape[1]} values", hint=_RIGHT_BASE)
-        replaced[f"{path}.weight"] = weight
-        replaced[f"{path}.bias"] = np.zeros(len(weight), np.float32) if bias is None else bias.read()
+        weight, bias = tensors[f"heads.{number}.weight"], tensors.get(f"heads.{number}.bias")
+        replaced |= _layer(modules[path], number, weight, bias)
     return replaced
+
+
+def _layer(module: TargetModule, number: int, weight: TensorRef, bias: TensorRef | None) -> dict[str, Array]:
+    """Return a layer of a head as the parameters of the base's own, none for its own values without a bias."""
+    if weight.shape[1:] != module.weight_shape[1:]:
+        raise AdapterError(f"the head's layer {number} reads {weight.shape[1]} values", hint=_RIGHT_BASE)
+    if not module.has_bias:
+        if bias is not None:
+            raise AdapterError(
+                f"the head's layer {number} has a bias, the base's {module.path!r} has none", hint=_RIGHT_BASE
+            )
+        return {} if is_base_copy(weight, module) else {f"{module.path}.weight": weight.read()}
+    values = weight.read()
+    zeros = np.zeros(len(values), np.float32)
+    return {f"{module.path}.weight": values, f"{module.path}.bias": zeros if bias is None else bias.read()}
 
 
 def _fits(
@@ -124,12 +146,14 @@ def _fits(
 ) -> tuple[str, ...] | None:
     """Return the paths of the stack's layers in the base, None if it is another head."""
     same = (
-        stack.head_type == config.get("head_type")
+        stack.head_type == _SAME_LOGITS.get(str(config.get("head_type")), config.get("head_type"))
         and len(stack.layers) == layers
         and stack.pooled == bool(config.get("use_pooler"))
         and stack.activation in (None, config.get("activation_function"))
     )
     if not same or (stack.absent is not None and _find(stack.absent, modules) is not None):
+        return None
+    if stack.present is not None and _find(stack.present, modules) is None:
         return None
     paths = tuple(_find(layer, modules) for layer in stack.layers)
     return tuple(path for path in paths if path is not None) if None not in paths else None

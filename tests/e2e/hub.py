@@ -50,6 +50,9 @@ CONFIGS: Mapping[str, Any] = {
     "prefix_flat": adapters.PrefixTuningConfig(prefix_length=3, flat=True),
     "mam": adapters.MAMConfig(_PREFIX, adapters.ParBnConfig(reduction_factor=8)),
     "union": adapters.ConfigUnion(adapters.LoRAConfig(r=4, output_lora=True), adapters.SeqBnConfig(reduction_factor=8)),
+    "union_of_bottlenecks": adapters.ConfigUnion(
+        adapters.BnConfig(True, False, 8, "relu", leave_out=[1]), adapters.CompacterPlusPlusConfig(reduction_factor=8)
+    ),
     "union_ia3": adapters.ConfigUnion(adapters.CompacterConfig(reduction_factor=8), adapters.IA3Config()),
 }
 _BN, _WIDE, _INV = CONFIGS["seq_bn"], adapters.SeqBnConfig(reduction_factor=4), CONFIGS["seq_bn_inv"]

@@ -45,6 +45,7 @@ HEADS: Mapping[str, Any] = {
     "bert": (adapters.BertAdapterModel, {}),
     "roberta": (adapters.RobertaAdapterModel, {}),
     "distilbert": (adapters.DistilBertAdapterModel, {"activation_function": "relu"}),
+    "vit": (adapters.ViTAdapterModel, {"layers": 1}),
 }
 
 
@@ -82,7 +83,8 @@ def saved(bases: dict[str, Path]) -> Any:
                 model_class, options = HEADS[family]
                 model, config = model_class.from_pretrained(bases[family]), "double_seq_bn"
                 labels = dict(enumerate("abcde"))
-                model.add_classification_head(f"{name}_of_mine", num_labels=5, id2label=labels, **options)
+                add = model.add_image_classification_head if family == "vit" else model.add_classification_head
+                add(f"{name}_of_mine", num_labels=5, id2label=labels, **options)
             made[family, name] = hub.save(
                 model,
                 CONFIGS[config],

@@ -47,6 +47,10 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 _OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 """What activations were called before the library wrote its version into the config."""
+_NO_INVERSE = (
+    "its invertible part acts behind the embeddings; the library puts its inverse only before the language modelling "
+    "heads of AutoAdapterModel, and there is none here"
+)
 _AGAIN = "save the adapter again with save_adapter"
 
 
@@ -83,7 +87,20 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     _check_values(config, settings)
     activation_of(config)
     reads_of(settings, normed=True)
-    return ()
+    return _check_inverse(config) if block_of(settings) else ()
+
+
+def _check_inverse(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what is to be known of an invertible part's inverse, which the library runs in some models alone."""
+    if "interface" in config:
+        return ()
+    head = ((config.get("head") or {}).get("config") or {}).get("head_type")
+    if head in ("causal_lm", "masked_lm"):
+        raise AdapterError(
+            f"it has an invertible part and a head of type {head!r} by name, before which the library puts the inverse",
+            hint="save it with with_head=False, for tasks that are not language modelling",
+        )
+    return (_NO_INVERSE,)
 
 
 def _check_values(config: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from edgeadapt.adapters.adapter import Adapter, Array, TensorRef
 from edgeadapt.adapters.hub_keys import is_of_head
+from edgeadapt.adapters.kinds._bottleneck_config import block_of
 from edgeadapt.adapters.kinds._invertible import check_invertible, is_invertible
 from edgeadapt.errors import AdapterError
 
@@ -43,6 +45,20 @@ class Place:
                 return self.parts[part].shape[0] * self.parts[part].shape[axis]
         name = "W_up_left" if "W_up_left" in self.shared else "W_up"
         return self.shared[name].shape[0] * self.shared[name].shape[1]
+
+
+def is_of_config(settings: Mapping[str, Any], key: str) -> bool:
+    """Tell whether a normalized key is of a bottleneck, or its shared or invertible part, that settings ask for."""
+    if _is_shared(key):
+        return bool(settings.get("phm_layer"))
+    if is_invertible(key):
+        return block_of(settings) is not None
+    match = _KEY.fullmatch(key)
+    place = None if match is None else _LAYER.fullmatch(match["place"])
+    if place is None:
+        return False
+    flag = "mh_adapter" if "attention" in place["location"] else "output_adapter"
+    return bool(settings.get(flag)) and int(place["index"]) not in (settings.get("leave_out") or ())
 
 
 def _is_shared(key: str) -> bool:

@@ -24,6 +24,7 @@ from edgeadapt.adapters.adapter import (
 )
 from edgeadapt.adapters.hub_keys import is_in, is_of_head
 from edgeadapt.adapters.kind import kind_of as find_kind
+from edgeadapt.adapters.kinds._bottleneck_tensors import is_of_config
 from edgeadapt.errors import AdapterError
 
 KINDS: Mapping[str, str] = {"adapterhub_union": "several methods in one adapter of AdapterHub (MAM and other unions)"}
@@ -33,7 +34,6 @@ _CONTAINERS: Mapping[str | None, tuple[str, ...]] = {
     "lora": ("loras",),
     "prefix_tuning": ("prefix_tunings", "prefix_gates"),
 }
-_SHARED: Mapping[str | None, str] = {None: "phm_rule", "lora": "lora_"}
 _AGAIN = "save the adapter again with save_adapter"
 
 
@@ -52,7 +52,7 @@ def check(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return warnings about `config`.
 
     Raises:
-        AdapterError: there are no parts, two are of one method, or one is refused.
+        AdapterError: there are no parts, two are prefixes, or one is refused.
     """
     warnings: list[str] = []
     for index, part in enumerate(_parts(config)):
@@ -68,12 +68,8 @@ def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     parts = config["config"].get("configs")
     if not isinstance(parts, list) or not parts or not all(isinstance(part, Mapping) for part in parts):
         raise AdapterError(f"configs is {parts!r}, not a list of settings", hint=_AGAIN)
-    methods = [part.get("architecture") for part in parts]
-    if len(set(methods)) < len(methods):
-        raise AdapterError(
-            f"it holds two parts of one method: {', '.join(map(str, methods))}",
-            hint="train one part per method, with one config for all layers",
-        )
+    if len([part for part in parts if part.get("architecture") == "prefix_tuning"]) > 1:
+        raise AdapterError("it holds two prefixes", hint="train one prefix for all layers")
     return parts
 
 
@@ -112,18 +108,19 @@ def _split(adapter: Adapter) -> list[tuple[Adapter, ModuleType]]:
         tensors = {
             key: tensor
             for key, tensor in adapter.tensors.items()
-            if (index == 0 if is_of_head(key) else _is_of(settings.get("architecture"), key))
+            if (index == 0 if is_of_head(key) else _is_of(settings, key))
         }
         config = {**adapter.config, "config": settings}
         found.append((replace(adapter, kind=kind, config=config, tensors=tensors), module))
     return found
 
 
-def _is_of(method: str | None, key: str) -> bool:
-    parts = key.split(".")
-    if "shared_parameters" in parts:
-        return parts[-1].startswith(_SHARED.get(method, "\0")) or (method is None and parts[-1].startswith("W_"))
-    return is_in(_CONTAINERS[method], key)
+def _is_of(settings: Mapping[str, Any], key: str) -> bool:
+    method = settings.get("architecture")
+    shared = "shared_parameters" in key.split(".")
+    if method is None:  # several configs may have bottlenecks, each at places of its own
+        return not (shared and key.rpartition(".")[2].startswith("lora_")) and is_of_config(settings, key)
+    return key.rpartition(".")[2].startswith("lora_") if shared else is_in(_CONTAINERS[method], key)
 
 
 class _OfWhole:

@@ -34,7 +34,10 @@ HEAD_TENSORS = ("model_head.safetensors", "pytorch_model_head.bin")
 
 _OTHERS = {"embedding.pt": "embeddings of its own"}
 _TOP = frozenset(
-    {"interface", "config", "config_id", "hidden_size", "model_class", "model_name", "model_type", "name", "version"}
+    {
+        *("interface", "head", "config", "config_id", "hidden_size"),
+        *("model_class", "model_name", "model_type", "name", "version"),
+    }
 )
 _REASONS = {
     "prompt_tuning": "its prompt lengthens the text of encoders, the only models that the library has it for",
@@ -101,7 +104,8 @@ def _head_in(folder: Path) -> tuple[dict[str, Any], dict[str, TensorRef]]:
 
 
 def _single(name: str, folder: Path, root: Path) -> Adapter:
-    config = {**read_config(folder), **_interface_of(folder)}
+    head = _head_config(folder)
+    config = {**read_config(folder), **_interface_of(folder), **({} if head is None else {"head": head})}
     file = folder / CONFIG
     try:
         _check_shape(config)
@@ -112,7 +116,7 @@ def _single(name: str, folder: Path, root: Path) -> Adapter:
     unused = sorted(config.keys() - _TOP)
     warnings += [f"{CONFIG}: {key} is not used (the library does not use it either)" for key in unused]
     tensors = _without_name(_read_file(folder, TENSORS), config["name"])
-    if _head_config(folder) is not None:
+    if head is not None:
         facts, of_head = _head_in(folder)
         tensors |= of_head
         config = {**config, **facts}

@@ -175,9 +175,9 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: c.update(config={"architecture": "union", "configs": []}),
         "configs is [], not a list of settings",
     ),
-    "union of one method": (
-        lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "lora"}] * 2}),
-        "it holds two parts of one method: lora, lora",
+    "union of prefixes": (
+        lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "prefix_tuning"}] * 2}),
+        "it holds two prefixes",
     ),
     "union with reft": (
         lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "reft"}]}),
@@ -249,6 +249,43 @@ def test_the_parts_of_a_union_share_its_file(folder: Path) -> None:
     assert refusal(folder) == (
         "tensor 'bert.encoder.layer.0.attention.self.query.loras.task.vera_B' in FOLDER/adapter.safetensors is of none "
         "of its parts"
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_heads_that_are_not_the_base_s_are_refused(family: str, tmp_path: Path) -> None:
+    logging.getLogger("adapters").setLevel(logging.CRITICAL)
+    if family == "bert":
+        plain: Any = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+        model: Any = adapters.BertAdapterModel(plain.config)
+        model.add_multiple_choice_head("x")
+        message = (
+            "a head of type 'multiple_choice' with 2 layers, 'tanh' between them and use_pooler False is not one that "
+            "the given base has for its task"
+        )
+    else:
+        plain = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+        model = adapters.LlamaAdapterModel(plain.config)
+        model.add_causal_lm_head("x")
+        message = (
+            "a head of type 'causal_lm' with a norm between its layers is not one that the given base has for its task"
+        )
+    model.add_adapter("x", config=adapters.SeqBnConfig(reduction_factor=4))
+    model.save_adapter(str(tmp_path / "x"), "x", use_safetensors=True)
+    with pytest.raises(AdapterError) as caught:
+        resolve(read_adapters(tmp_path / "x")[0], target_modules(plain))
+    assert caught.value.message == f"adapter 'x': {message}"
+
+
+def test_an_inverse_before_a_head_by_name_is_refused(tmp_path: Path) -> None:
+    logging.getLogger("adapters").setLevel(logging.CRITICAL)
+    model: Any = adapters.BertAdapterModel(transformers.BertConfig(**SMALL))
+    model.add_masked_lm_head("x")
+    model.add_adapter("x", config=adapters.SeqBnInvConfig(reduction_factor=4))
+    model.save_adapter(str(tmp_path / "x"), "x", use_safetensors=True)
+    assert refusal(tmp_path / "x") == (
+        "FOLDER/adapter_config.json: it has an invertible part and a head of type 'masked_lm' by name, before which "
+        "the library puts the inverse"
     )
 
 
