@@ -19,7 +19,8 @@ from edgeadapt.slots import BranchKind
 AddInput = Callable[[str, Any, Sequence[int | str]], ir.Value]
 
 FORMS = "edgeadapt.quantize.forms"
-_ACTIVATIONS = ("Relu", "Gelu", "Tanh", "Sigmoid", "LeakyRelu", "HardSwish", "Clip")
+_PRODUCT = "Mul"
+_ACTIVATIONS = ("Relu", "Gelu", "Tanh", "Sigmoid", "LeakyRelu", "HardSwish", "Clip", _PRODUCT)
 _PASSED = ("BatchNormalization", ADAPTER_SITE)
 Shapes = Mapping[str, tuple[int | str, ...]]
 
@@ -129,18 +130,29 @@ def _give(graph: ir.Graph, place: Place, prefix: str) -> None:
 
 def _add_behind_activation(graph: ir.Graph, marker: ir.Node, added: ir.Value, site: str) -> None:
     """Add a value to what the norm and the activation behind a module make of its output."""
-    node = marker
-    while node.op_type not in _ACTIVATIONS:
-        users = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
-        if len(users) != 1 or users[0].op_type not in (*_ACTIVATIONS, *_PASSED):
-            raise ExportError(
-                f"the graph has no activation behind module {site}, to whose result an adapter adds",
-                hint="this architecture is not supported yet for adapters of this kind",
-            )
-        node = users[0]
+    node: ir.Node | None = marker
+    while node is not None and node.op_type not in _ACTIVATIONS:
+        node = _next_activation(node)
+    if node is None:
+        raise ExportError(
+            f"the graph has no activation behind module {site}, to whose result an adapter adds",
+            hint="this architecture is not supported yet for adapters of this kind",
+        )
     value = node.outputs[0]
     uses = list(value.uses())
     total = ir.node("Add", [value, added])
     for user, index in uses:
         user.replace_input_with(index, total.outputs[0])
     graph.insert_after(node, total)
+
+
+def _next_activation(node: ir.Node) -> ir.Node | None:
+    """Return the norm, marker or activation that alone reads a node's output; of x sigmoid(x) the product."""
+    users = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
+    if len(users) == 1 and users[0].op_type in (*_ACTIVATIONS, *_PASSED):
+        return users[0]
+    gates = [user for user in users if user.op_type == "Sigmoid"]
+    products = [user for user in users if user.op_type == _PRODUCT]
+    if len(users) == 2 and gates and products and gates[0].outputs[0] in products[0].inputs:
+        return products[0]
+    return None

@@ -48,6 +48,8 @@ class System:
     adapters: Mapping[str, Tune]
     inputs: Mapping[str, tuple[int, ...]]
     output: str = "logits"
+    scale: float = 0.02
+    """Of the random numbers that the base's weights get, on top of those that it begins with."""
 
 
 def _lora(targets: list[str] | str, rank: int, saved: list[str] | None = None) -> Tune:
@@ -194,6 +196,32 @@ SYSTEMS = {
         },
         {"pixel_values": (2, 3, 32, 32), "input_ids": (3, 7), "attention_mask": (3, 7)},
         "logits_per_image",
+    ),
+    "efficientnet": System(
+        transformers.EfficientNetForImageClassification,
+        transformers.EfficientNetConfig(
+            image_size=32,
+            width_coefficient=0.25,
+            depth_coefficient=1.0,
+            hidden_dim=320,
+            num_labels=4,
+            in_channels=[32, 32],
+            out_channels=[32, 64],
+            kernel_sizes=[3, 3],
+            strides=[1, 2],
+            num_block_repeats=[1, 1],
+            expand_ratios=[1, 2],
+            depthwise_padding=[],
+        ),
+        "image-classification",
+        {
+            "LoRA-expand-project": _lora(["expand_conv", "project_conv"], 2, ["classifier"]),
+            "Conv-Adapter-activated": _conv(
+                {"efficientnet.encoder.blocks.0.depthwise_conv.depthwise_conv": 8}, width=4, stride=1, adds="activated"
+            ),
+        },
+        {"pixel_values": (2, 3, 32, 32)},
+        scale=1.0,
     ),
     # depth-wise convolutions of 7 x 7; peft wants a rank that their groups divide, and cannot wrap EfficientNet's own
     "convnext": System(
@@ -347,7 +375,7 @@ def forward(model: Any, inputs: Mapping[str, np.ndarray], output: str) -> np.nda
 def test_every_adapter_over_one_base_equals_its_reference(name: str, tmp_path: Path, parity: Parity) -> None:
     system = SYSTEMS[name]
     torch.manual_seed(0)
-    model = research.randomized(system.model(system.config), 1, scale=0.02)
+    model = research.randomized(system.model(system.config), 1, scale=system.scale)
     base = tmp_path / "base"
     model.save_pretrained(base)
     inputs = inputs_of(system)
