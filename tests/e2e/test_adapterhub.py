@@ -29,8 +29,10 @@ from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import open_session
 from tests.e2e import hub
 from tests.e2e.reference import error
+from tests.parity import Parity
 
 TOLERANCE = 1e-4
+LIBRARY = "adapters"
 SMALLEST_EFFECT = 1e-2
 
 CONFIGS, FAMILIES, AS_PICKLE = hub.CONFIGS, hub.FAMILIES, hub.AS_PICKLE
@@ -127,7 +129,7 @@ def case(family: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != PLUGIN])
 def test_every_adapter_equals_the_library_and_goes_without_a_trace(
-    family: str, bases: dict[str, Path], saved: Any, exported: Any
+    family: str, bases: dict[str, Path], saved: Any, exported: Any, parity: Parity
 ) -> None:
     inputs, names = case(family), tuple(name for name in FAMILIES[family].adapters if name != ADDED)
     names += (FIVE,) if family in HEADS else ()
@@ -146,7 +148,9 @@ def test_every_adapter_equals_the_library_and_goes_without_a_trace(
             fresh(FAMILIES[family], bases[family]) if name != FIVE else HEADS[family][0].from_pretrained(bases[family])
         )
         expected = hub.forward(model, saved(family, name), inputs, safe=name not in AS_PICKLE)
-        assert error(expected, logits[name], inputs) <= TOLERANCE, name
+        worst = error(expected, logits[name], inputs)
+        assert worst <= TOLERANCE, name
+        parity.add(saved(family, name), family, source=LIBRARY, adapter=name, errors={"swapped": worst})
         if name == FIVE:
             assert expected.shape == (2, 5)
         else:
@@ -169,7 +173,7 @@ def test_the_slots_graph_without_an_adapter_is_the_base(exported: Any) -> None:
     assert np.abs(plain - slots).max() <= 1e-6 * np.abs(plain).max()
 
 
-def test_a_quantized_base_takes_the_same_adapters(exported: Any) -> None:
+def test_a_quantized_base_takes_the_same_adapters(exported: Any, saved: Any, parity: Parity) -> None:
     """The bottlenecks stay as they are; q, k and v are still one product with an adapter beside another module.
 
     On a model that has a plugin interface; what the export compared before it quantized stands in the bundle.
@@ -182,6 +186,10 @@ def test_a_quantized_base_takes_the_same_adapters(exported: Any) -> None:
     }
     assert {row["adapter"] for row in bundle.manifest.parity["rows"]} == names
     assert bundle.manifest.parity["max_relative_error"] <= TOLERANCE
+    for row in bundle.manifest.parity["rows"]:
+        if (name := row["adapter"]) is not None:
+            errors = {"swapped": row["max_relative_error"]}
+            parity.add(saved(PLUGIN, name), PLUGIN, source=LIBRARY, adapter=name, errors=errors)
     assert {row["adapter"] for row in bundle.manifest.quality} == names
     assert verify_bundle(bundle.path) == []
 
@@ -236,12 +244,14 @@ def test_weights_are_added_with_the_float_base_at_hand(
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
-def test_weights_are_merged(family: str, bases: dict[str, Path], saved: Any) -> None:
+def test_weights_are_merged(family: str, bases: dict[str, Path], saved: Any, parity: Parity) -> None:
     base = load_base_model(str(bases[family]))
     for name in WEIGHTS & set(FAMILIES[family].adapters):
         (adapter,) = read_adapters(saved(family, name))
         merged = merge(base, resolve_on(base, adapter))
-        assert check_merge(base, adapter, merged, parity_cases(base, ()), MERGE_TOLERANCE) <= MERGE_TOLERANCE
+        worst = check_merge(base, adapter, merged, parity_cases(base, ()), MERGE_TOLERANCE)
+        assert worst <= MERGE_TOLERANCE
+        parity.add(saved(family, name), family, source=LIBRARY, adapter=name, errors={"merged": worst})
 
 
 def test_merging_and_pruning_are_refused(bases: dict[str, Path], saved: Any, tmp_path: Path) -> None:
