@@ -7,6 +7,7 @@ python scripts/adapters_page.py --check    fail if the page is another one
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import groupby
@@ -21,22 +22,23 @@ from edgeadapt.errors import AdapterError  # noqa: E402
 from tests.parity import FORMS, Row, recorded  # noqa: E402
 
 PAGE = ROOT / "docs" / "adapters.md"
+TRAINED = ROOT / "benchmarks" / "results" / "real_adapters.json"
 HEAD = """# Adapters
 
-Written by `scripts/adapters_page.py` from the registry and from what the tests measured (`tests/parity.json`).
+Written by `scripts/adapters_page.py` from the registry, from what the tests measured (`tests/parity.json`), and from
+`benchmarks/real_adapters.py`.
 
 Each figure is the largest difference of a bundle's outputs (unquantized, through the session that an app uses) from the
 forward of the library that trained the adapter, unmerged, or from a torch model after the paper where no library trains
 one, relative to the largest output, over small random models of the architectures that are named. It must be below
-1e-4. *Swapped*: beside the base, with other adapters in the same
-bundle. *Merged*: in the weights (`--merge`). *Blended*: in two parts of a weighted blend. A dash: not possible, for the
-reason given, or not compared.
+1e-4. *Swapped*: beside the base, with other adapters in the same bundle. *Merged*: in the weights (`--merge`).
+*Blended*: in two parts of a weighted blend. A dash: not possible, for the reason given, or not compared.
 """
 
 
 def page(rows: Sequence[Row]) -> str:
     """Return the page's text."""
-    parts = [HEAD, _overview(rows), _details(rows), _refused()]
+    parts = [HEAD, _overview(rows), _trained(), _details(rows), _refused()]
     return "\n".join(parts)
 
 
@@ -50,6 +52,22 @@ def _overview(rows: Sequence[Row]) -> str:
     count = sum(1 for _ in {row.key for row in rows})
     head = ["kind", "what it is", "saved by", *FORMS, "why it is not merged"]
     return f"## Kinds\n\n{len(lines)} kinds, {count} comparisons.\n\n" + _table(head, lines)
+
+
+def _trained() -> str:
+    rows = json.loads(TRAINED.read_text(encoding="utf-8"))["rows"]
+    ways = list(rows[0]["scores"])
+    lines = [
+        [
+            *(row["model"], f"{row['adapter']} (`{row['kind']}`)", row["saved_by"], str(row["parameters"])),
+            f"{row['samples']} {row['what']}",
+            *(f"{row['scores'][way]:.1%}" for way in ways),
+        ]
+        for row in rows
+    ]
+    head = ["model", "adapter", "saved by", "parameters", "share of", "in its library", *ways[1:]]
+    said = "Of recipes/training, all of a model in one bundle at each precision (`none` is float32)."
+    return f"## Trained adapters\n\n{said}\n\n" + _table(head, lines)
 
 
 def _details(rows: Sequence[Row]) -> str:
