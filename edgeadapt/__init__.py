@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edgeadapt.addition import remove_adapter as remove_adapter
     from edgeadapt.addition import verify_bundle as verify_bundle
     from edgeadapt.bundle import open_bundle as open_bundle
+    from edgeadapt.conversion import convert_adapter as convert_adapter
     from edgeadapt.device import Device as Device
     from edgeadapt.device import read_device as read_device
     from edgeadapt.errors import EdgeAdaptError as EdgeAdaptError
@@ -39,6 +40,7 @@ _HOMES = {
     "Recipe": "edgeadapt.recipe",
     "add_adapter": "edgeadapt.addition",
     "base_from_module": "edgeadapt.merging.load",
+    "convert_adapter": "edgeadapt.conversion",
     "export_bundle": "edgeadapt.pipeline",
     "load_base_model": "edgeadapt.merging.load",
     "open_bundle": "edgeadapt.bundle",

@@ -8,7 +8,21 @@ import typer
 from typer.core import TyperGroup
 
 import edgeadapt
-from edgeadapt.cli import add, blend, enroll, export, inspect, interrupts, listing, output, profile, remove, run, verify
+from edgeadapt.cli import (
+    add,
+    blend,
+    convert,
+    enroll,
+    export,
+    inspect,
+    interrupts,
+    listing,
+    output,
+    profile,
+    remove,
+    run,
+    verify,
+)
 from edgeadapt.errors import EdgeAdaptError
 
 # Top-level modules that come with an extra, by the extra's name.
@@ -80,6 +94,7 @@ app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("add")(add.add)
 app.command("blend")(blend.blend)
+app.command("convert")(convert.convert)
 app.command("enroll")(enroll.enroll)
 app.command("remove")(remove.remove)
 app.command("verify")(verify.verify)

@@ -91,10 +91,10 @@ def load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | Non
 def in_order_of(base: BaseModel, adapters: Sequence[Adapter]) -> list[Adapter]:
     """Return the adapters with rows and names as the base's; only GGUF has other rows, and kohya other names."""
     adapters = [paths_of_base(adapter, base.modules) for adapter in adapters]
-    return [rows_in_order(adapter, _head_dim(base) if adapter.layout == "gguf" else None) for adapter in adapters]
+    return [rows_in_order(adapter, head_dim_of(base) if adapter.layout == "gguf" else None) for adapter in adapters]
 
 
-def _head_dim(base: BaseModel) -> int | None:
+def head_dim_of(base: BaseModel) -> int | None:
     """Return the size of a decoder's attention heads, None where its config does not say it."""
     config: Any = getattr(base.module, "config", None)
     given, width, heads = (getattr(config, key, None) for key in ("head_dim", "hidden_size", "num_attention_heads"))

@@ -33,7 +33,7 @@ INTERLEAVED = "interleaved_rows"
 _AGAIN = "copy or convert the adapter again"
 _TENSOR = re.compile(r"(?P<base>.+)\.weight\.lora_(?P<part>[ab])")
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)")
-_MODULES = {
+MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
@@ -42,6 +42,7 @@ _MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+"""The module inside a layer, by what llama.cpp calls it."""
 _ARCHITECTURES = ("gemma", "gemma2", "gemma3", "llama", "qwen2", "qwen3")
 _USED = frozenset({"adapter.type", "adapter.lora.alpha"})
 _UNUSED = frozenset({"adapter.lora.task_name", "adapter.lora.prompt_prefix"})  # what a server shows
@@ -115,6 +116,13 @@ def _halves_of_heads(b: TensorRef, head_dim: int) -> Array:
     pairs = b.read().reshape(rows // head_dim, head_dim // 2, 2, rank)
     ordered: Array = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, rank)
     return ordered
+
+
+def with_heads_interleaved(b: Array, head_dim: int) -> Array:
+    """Return the rows of float32[out, rank] as GGUF has those of q and k; undone by `rows_in_order`."""
+    rows, rank = b.shape
+    halves = b.reshape(rows // head_dim, 2, head_dim // 2, rank)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows, rank)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -198,7 +206,7 @@ def _module(name: str) -> str | None:
     if name == "output":
         return "lm_head"
     match = _BLOCK.fullmatch(name)
-    inside = _MODULES.get(match[2]) if match else None
+    inside = MODULES.get(match[2]) if match else None
     return None if match is None or inside is None else f"model.layers.{match[1]}.{inside}"
 
 
