@@ -39,13 +39,44 @@ _USED = frozenset(
     }
 )
 _TRAINING = frozenset({"dropout", "init_weights", "init_weights_seed", "dtype"})
+_LORA = "train LoRA, or another kind of `edgeadapt list kinds`"
+_METHODS: Mapping[str, tuple[str, str, str]] = {
+    "mtl_lora": (
+        "MTL-LoRA",
+        "it holds several tasks, of which one is chosen for each input",
+        "train one LoRA per task: a bundle swaps them",
+    ),
+    "prompt_tuning": (
+        "prompt tuning",
+        "its prompt lengthens the text of encoders, the only models that the library has it for",
+        "train prompt tuning of a decoder with peft, or another adapter",
+    ),
+    "reft": (
+        "LoReFT, NoReFT, DiReFT",
+        "it changes the first and last positions only, which the graphs do not do yet",
+        _LORA,
+    ),
+}
+REFUSED: Mapping[str, tuple[str, str]] = {
+    f"{title} (AdapterHub)": (reason, hint) for title, reason, hint in _METHODS.values()
+} | {
+    "UniPELT (AdapterHub)": (
+        (
+            "its gates are averages over all tokens of the input, padding too, and a key-value cache is filled before "
+            "they are known"
+        ),
+        "train its parts without gates: a union of them is read",
+    )
+}
+"""Methods of AdapterHub that are refused by name: the reason, and what to do instead."""
 _MODES = ("add", "scale")
 _AGAIN = "save the adapter again with save_adapter"
 
 
 def claims(layout: str, config: Mapping[str, Any]) -> bool:
-    """Tell whether the files in `layout` with `config` are of one of these kinds."""
-    return layout == "adapterhub" and config["config"].get("architecture") == "lora"
+    """Tell whether the files in `layout` with `config` are of one of these kinds, or of one that is refused."""
+    method = config["config"].get("architecture") if layout == "adapterhub" else None
+    return isinstance(method, str) and (method == "lora" or method in _METHODS)
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -63,9 +94,12 @@ def check(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return warnings about `config`.
 
     Raises:
-        AdapterError: a key is unknown, or means a computation that edgeadapt does not do.
+        AdapterError: the method is refused, or a key is unknown, or means a computation that edgeadapt does not do.
     """
     settings = config["config"]
+    if (method := settings.get("architecture")) in _METHODS:
+        _, reason, hint = _METHODS[method]
+        raise AdapterError(f"architecture {method!r} is not supported: {reason}", hint=hint)
     if settings.get("use_gating"):
         raise AdapterError(
             "use_gating is true: the gate is an average over all tokens of the input, so the change is no weight",

@@ -32,6 +32,13 @@ _REFUSED: Mapping[str, tuple[str, str]] = {
         "train the adapters on whole texts",
     ),
 }
+REFUSED: Mapping[str, tuple[str, str]] = {f"{name} (AdapterHub)": why for name, why in _REFUSED.items()} | {
+    "Average of bottlenecks (AdapterHub)": (
+        "the library divides their weighted sum by their number once more, and the base's own output with it",
+        "export the adapters alone, and blend them",
+    )
+}
+"""Compositions that are refused by name: the reason, and what to do instead."""
 _SEQUENTIAL = "stack adapters as seq_bn and double_seq_bn are (sequential, with the layer's own norm behind them)"
 
 

@@ -39,11 +39,6 @@ _TOP = frozenset(
         *("model_class", "model_name", "model_type", "name", "version"),
     }
 )
-_REASONS = {
-    "prompt_tuning": "its prompt lengthens the text of encoders, the only models that the library has it for",
-    "reft": "it changes the first and last positions only, which the graphs do not do yet",
-    "mtl_lora": "it holds several tasks, of which one is chosen for each input",
-}
 _TASKS = {
     "classification": "SEQ_CLS",
     "multilabel_classification": "SEQ_CLS",
@@ -175,9 +170,8 @@ def _kind_of(config: Mapping[str, Any]) -> tuple[ModuleType, str]:
     found = kind_of("adapterhub", config)
     if found is None:
         method = config["config"].get("architecture")
-        reason = _REASONS.get(str(method), "no such method is known here")
         raise AdapterError(
-            f"architecture {method!r} is not supported: {reason}",
+            f"architecture {method!r} is not supported: no such method is known here",
             hint=f"known kinds of adapter: {', '.join(known_kinds())}",
         )
     return found

@@ -192,6 +192,10 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
             "not have yet"
         ),
     ),
+    "method": (
+        lambda c: c.update(config={"architecture": ["lora"]}),
+        "architecture ['lora'] is not supported: no such method is known here",
+    ),
     "text": (lambda c: c.update(config="pfeiffer"), "config is 'pfeiffer', not a table of settings"),
     "name": (lambda c: c.update(name="a.b"), "name is 'a.b', which no adapter can have"),
 }
