@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import adapters
 import numpy as np
 import onnxruntime
 import pytest
@@ -20,6 +21,7 @@ import transformers
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from edgeadapt.adapters import read_adapters
 from edgeadapt.addition import verify_bundle
 from edgeadapt.bundle import open_bundle
 from edgeadapt.bundle.bundle import Bundle
@@ -63,6 +65,27 @@ def _lora(targets: list[str] | str, rank: int, saved: list[str] | None = None) -
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return PeftModel.from_pretrained(fresh, folder)
+
+    return tune
+
+
+def _hub(config: Any) -> Tune:
+    """Return a bottleneck adapter of AdapterHub's, in every stack of layers."""
+
+    def tune(model: Any, folder: Path) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapters.init(model)
+            model.add_adapter("mine", config=config)
+            generator = torch.Generator().manual_seed(4)
+            with torch.no_grad():
+                for key, parameter in model.named_parameters():
+                    if ".mine." in key:
+                        parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            options = {"with_head": False} if hasattr(model, "heads") else {}
+            model.save_adapter(str(folder), "mine", use_safetensors=True, **options)
+            model.set_active_adapters("mine")
+        return model
 
     return tune
 
@@ -190,6 +213,8 @@ SYSTEMS = {
             "LoRA-image-tower": _lora(r"vision_model.*\.(q_proj|fc1)|visual_projection", 4),
             "LoRA-text-tower": _lora(r"text_model.*\.(v_proj|fc2)|text_projection", 2),
             "LoRA-both-towers": _lora(["k_proj", "out_proj"], 3),
+            "Houlsby-both-towers": _hub(adapters.DoubleSeqBnConfig(reduction_factor=8, non_linearity="relu")),
+            "Pfeiffer-both-towers": _hub(adapters.SeqBnConfig(reduction_factor=8)),
             "CLIP-Adapter-image": _clip({"visual_projection": 0.2}),
             "CLIP-Adapter-both": _clip({"visual_projection": 0.6, "text_projection": 0.6}),
             "CLIP-Adapter-ratio-1": _clip({"visual_projection": 1.0}),
@@ -263,6 +288,7 @@ SYSTEMS = {
         _tiny("whisper"),
         "automatic-speech-recognition",
         {
+            "Houlsby": _hub(adapters.DoubleSeqBnConfig(reduction_factor=8)),
             "Houlsby-encoder": _behind(
                 research.HoulsbyAdapter,
                 [f"model.encoder.layers.0.{part}" for part in ("self_attn.out_proj", "fc2")],
@@ -348,7 +374,8 @@ def test_a_model_of_two_towers_is_two_graphs_with_one_manifest(tmp_path: Path, p
 
 
 def _tell(parity: Parity, folder: Path, model: str, error: float) -> None:
-    source = "peft" if folder.name.startswith("LoRA") else research.SOURCE
+    kinds = {"adapterhub": "AdapterHub", "peft": "peft", "edgeadapt": research.SOURCE}
+    source = kinds[read_adapters(folder)[0].layout]
     parity.add(folder, model, source=source, adapter=folder.name, errors={"swapped": error})
 
 

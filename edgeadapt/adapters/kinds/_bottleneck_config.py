@@ -115,8 +115,8 @@ def _check_values(config: Mapping[str, Any], settings: Mapping[str, Any]) -> Non
     known = scaling in ("learned", "channel") if isinstance(scaling, str) else _is_number(scaling)
     if not known:
         raise AdapterError(f"scaling is {scaling!r}, not a number, 'learned' or 'channel'", hint=_AGAIN)
-    size = config.get("hidden_size")
-    if type(size) is not int or size < 1:
+    size = config.get("hidden_size", 0)
+    if size is not None and (type(size) is not int or size < 1):
         raise AdapterError(f"hidden_size is {size!r}, not the base's width", hint=_AGAIN)
     leave_out = settings.get("leave_out") or []
     if not isinstance(leave_out, list) or not all(type(layer) is int for layer in leave_out):
@@ -148,12 +148,15 @@ def activation_of(config: Mapping[str, Any]) -> Activation:
     return ACTIVATIONS[name.lower()]
 
 
-def width_of(config: Mapping[str, Any], layer: int) -> int | None:
-    """Return a bottleneck's width in layer number `layer`, None where reduction_factor does not name the layer."""
+def width_of(config: Mapping[str, Any], layer: int, features: int = 1) -> int | None:
+    """Return a bottleneck's width in layer number `layer`, None where reduction_factor does not name the layer.
+
+    `features` stands for a model's width where it has several (CLIP), of which the config says none.
+    """
     factor = config["config"]["reduction_factor"]
     if isinstance(factor, Mapping):
         factor = factor.get(str(layer), factor.get("default"))
-    return None if factor is None else max(1, int(config["hidden_size"] // factor))
+    return None if factor is None else max(1, int((config["hidden_size"] or features) // factor))
 
 
 def reads_of(settings: Mapping[str, Any], *, normed: bool) -> tuple[Reads, bool]:

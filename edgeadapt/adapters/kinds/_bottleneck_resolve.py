@@ -66,7 +66,7 @@ def _check_complete(
     """Check that there is a bottleneck wherever the settings put one in the base, and nowhere else."""
     settings = adapter.config["config"]
     left_out = set(settings.get("leave_out") or ())
-    found = {(rows[name].flag, place.index) for name, place in places.items()}
+    found = {(rows[name].flag, _stack(place), place.index) for name, place in places.items()}
     family = {row.location: row for row in rows.values()}
     for row in family.values():
         if not settings.get(row.flag):
@@ -75,9 +75,9 @@ def _check_complete(
     for flag in ("mh_adapter", "output_adapter"):
         if not settings.get(flag):
             continue
-        for index in _layers(places, move, modules):
+        for stack, index in _layers(adapter, places, rows, move, modules):
             wanted = index not in left_out and width_of(adapter.config, index) is not None
-            if wanted != ((flag, index) in found):
+            if wanted != ((flag, stack, index) in found):
                 missing.append(f"{flag} in layer {index}")
     if missing:
         raise AdapterError(
@@ -87,18 +87,35 @@ def _check_complete(
         )
 
 
-def _layers(places: Mapping[str, Place], move: Move, modules: Mapping[str, TargetModule]) -> list[int]:
-    """Return the numbers of the base's layers."""
-    stacks = {place.layer.removesuffix(str(place.index)) for place in places.values()}
-    if len(stacks) > 1:
+def _stack(place: Place) -> str:
+    return place.layer.removesuffix(str(place.index))
+
+
+def _layers(
+    adapter: Adapter,
+    places: Mapping[str, Place],
+    rows: Mapping[str, Row],
+    move: Move,
+    modules: Mapping[str, TargetModule],
+) -> list[tuple[str, int]]:
+    """Return the base's layers: the stack that each is in, as the adapter names it, and its number there."""
+    products = {rows[name].product for name in places}
+    layers: dict[tuple[str, int], re.Match[str]] = {}
+    for product in products:
+        pattern = re.compile(rf"(?P<stack>.+\.)(?P<index>\d+)\.{re.escape(product)}")
+        layers |= {(m["stack"], int(m["index"])): m for path in modules if (m := pattern.fullmatch(path)) is not None}
+    stacks = {move.to_base(_stack(place)): _stack(place) for place in places.values()}
+    if "interface" in adapter.config or len(stacks) == 1:
+        # behind a plugin interface, or where another part of the base is built of the same modules
+        return sorted((stacks[stack], index) for stack, index in layers if stack in stacks)
+    settings = adapter.config["config"]
+    if settings.get("leave_out") or isinstance(settings.get("reduction_factor"), Mapping):
         raise AdapterError(
-            f"the adapter is in several stacks of layers ({name_some(stacks)}), as of an encoder and a decoder, which "
-            "are not read yet",
-            hint="watch the changelog",
+            f"leave_out and a table of reduction_factor count layers, and the adapter is in several stacks of them "
+            f"({name_some(set(stacks.values()))})",
+            hint="train it in all layers with one reduction_factor",
         )
-    stack = move.to_base(stacks.pop())
-    found = (re.match(rf"{re.escape(stack)}(\d+)\.", path) for path in modules)
-    return sorted({int(match[1]) for match in found if match is not None})
+    return sorted((stacks.get(stack, stack), index) for stack, index in layers)
 
 
 def _bottleneck(
@@ -139,7 +156,8 @@ def _scale(place: Place, settings: Mapping[str, object]) -> Array:
 
 
 def _check_shapes(adapter: Adapter, place: Place, module: TargetModule, down: Array, up: Array) -> None:
-    width, features = width_of(adapter.config, place.index), module.out_features
+    features = module.out_features
+    width = width_of(adapter.config, place.index, features)
     if down.shape != (features, width) or up.shape != (width, features):
         raise AdapterError(
             f"the bottleneck at {place.layer}.{place.location} is {list(down.shape)} and {list(up.shape)}; the base's "

@@ -65,6 +65,9 @@ _ROWS = (
     Row("output_adapters", "output_adapter", "mlp.c_proj", None),
     Row("attention_adapters", "mh_adapter", "self_attn.o_proj", None),  # Llama, Mistral
     Row("output_adapters", "output_adapter", "mlp.down_proj", None),
+    Row("attention_adapters", "mh_adapter", "self_attn.out_proj", None),  # CLIP and Whisper, in both of their stacks
+    Row("output_adapters", "output_adapter", "mlp.fc2", None),
+    Row("output_adapters", "output_adapter", "fc2", None),
     Row("attention_adapters", "mh_adapter", "attention.output.dense", None),  # ViT
     Row("output.output_adapters", "output_adapter", "output.dense", None),
 )
@@ -88,8 +91,8 @@ def row_of(adapter: Adapter, place: Place, modules: Mapping[str, TargetModule], 
     raise AdapterError(
         f"the adapter has a bottleneck at {place.layer}.{place.location}; no such place is known in "
         f"{base_label(base_name)}",
-        hint="known are BERT and RoBERTa, DistilBERT, GPT-2, Llama and Mistral, ViT, and what a plugin interface "
-        "names; " + _RIGHT_BASE,
+        hint="known are BERT and RoBERTa, DistilBERT, GPT-2, Llama and Mistral, ViT, CLIP, Whisper, and what a plugin "
+        "interface names; " + _RIGHT_BASE,
     )
 
 
