@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from edgeadapt import bundle as bundles
 from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule
 from edgeadapt.adapters.labels import read_labels
-from edgeadapt.adapters.layouts.gguf import rows_in_order
-from edgeadapt.adapters.layouts.kohya import paths_of_base
-from edgeadapt.adapters.read import read_adapters
+from edgeadapt.adapters.read import fit_to_base, read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.base import base_fingerprint, target_modules
 from edgeadapt.bundle.bottlenecks import width_of
@@ -77,9 +75,8 @@ def add_adapter(
             raise BundleError(
                 f"{opened.path} already has an adapter {found.name!r}", hint="choose another --name, or pass --force"
             )
-        found = rows_in_order(found, (manifest.generation or {}).get("cache_head_dim"))
         modules, library = (target_modules(manifest), None) if base is None else _at_work(base, manifest)
-        found = paths_of_base(found, modules)
+        found = fit_to_base(found, modules, (manifest.generation or {}).get("cache_head_dim"))
         resolved = resolve(found, modules, base_name=manifest.base.name, library=library)
         tensors = bundles.bind(resolved, manifest)
         record = adapter_record(found, resolved)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 from edgeadapt import registry
-from edgeadapt.adapters.adapter import Adapter
+from edgeadapt.adapters.adapter import Adapter, TargetModule
 from edgeadapt.adapters.kind import kind_module, known_kinds
 from edgeadapt.adapters.peft_files import adapter_folders
 from edgeadapt.errors import AdapterError
 
-__all__ = ["LAYOUTS", "kind_module", "known_kinds", "read_adapters"]
+__all__ = ["LAYOUTS", "fit_to_base", "kind_module", "known_kinds", "read_adapters"]
 
 LAYOUTS = "edgeadapt.adapters.layouts"
 
@@ -34,6 +35,22 @@ def read_adapters(path: Path) -> tuple[Adapter, ...]:
         found = adapter_folders(path, lambda folder: any(layout.holds(folder) for layout in layouts))
     adapters = [_layout_of(folder, layouts).read(name, folder, path) for name, folder in found]
     return tuple(adapter for one in adapters for adapter in _expanded(one))
+
+
+def fit_to_base(adapter: Adapter, modules: Mapping[str, TargetModule], head_dim: int | None) -> Adapter:
+    """Return the adapter with names, rows and axes as its base has them; most layouts have them so already.
+
+    Args:
+        adapter: from `read_adapters`.
+        modules: the base's, by path.
+        head_dim: the features of one of its attention heads; None if it has none.
+
+    Raises:
+        AdapterError: the adapter cannot be of this base, or the files leave open what they mean.
+    """
+    fit = getattr(registry.load(LAYOUTS, adapter.layout, AdapterError), "fit", None)
+    fitted: Adapter = adapter if fit is None else fit(adapter, modules, head_dim)
+    return fitted
 
 
 def _never(folder: Path) -> bool:

@@ -19,7 +19,6 @@ from edgeadapt.bundle.bind import check_fit
 from edgeadapt.bundle.golden import Golden, parse_golden
 from edgeadapt.bundle.manifest import AdapterRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
-from edgeadapt.bundle.onnx_adapter import parse_onnx_adapter
 from edgeadapt.bundle.patch import Patch, parse_patch
 from edgeadapt.bundle.prefix import check_prefix_tokens
 from edgeadapt.bundle.recover import recover
@@ -28,6 +27,7 @@ from edgeadapt.bundle.rules import RESIDUAL_FILE, parse_manifest, patch_path
 from edgeadapt.bundle.stored import StoredTensors, with_scales
 from edgeadapt.errors import BundleError, FileError
 from edgeadapt.files import read_bytes
+from edgeadapt.onnx_adapter import parse_onnx_adapter
 
 _MAX_MANIFEST_BYTES = 2**26
 

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
 from edgeadapt.bundle.bind import bind
 from edgeadapt.bundle.manifest import Manifest
-from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter
 from edgeadapt.bundle.prefix import is_prefix_tensor
 from edgeadapt.bundle.rules import RESIDUAL_FILE
 from edgeadapt.bundle.stored import to_stored
+from edgeadapt.onnx_adapter import dump_onnx_adapter
 
 Array = NDArray[Any]
 

@@ -13,7 +13,6 @@ from edgeadapt.bundle.cache_scales import read_cache_scales
 from edgeadapt.bundle.golden import parse_golden
 from edgeadapt.bundle.manifest import Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE
-from edgeadapt.bundle.onnx_adapter import OnnxAdapter, parse_onnx_adapter
 from edgeadapt.bundle.patch_files import patched_files
 from edgeadapt.bundle.prefix import check_prefix_tokens
 from edgeadapt.bundle.rules import WEIGHTS_FILE, parse_manifest, patch_path, slot_inputs
@@ -22,6 +21,7 @@ from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import BundleError, EdgeAdaptError
 from edgeadapt.fields import from_mapping
 from edgeadapt.files import read_bytes, sha256_file
+from edgeadapt.onnx_adapter import OnnxAdapter, parse_onnx_adapter
 
 
 @dataclass(frozen=True)

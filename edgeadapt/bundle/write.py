@@ -13,12 +13,12 @@ from edgeadapt.bundle.adapter_json import SCHEMA, AdapterJson, TensorRecord, dum
 from edgeadapt.bundle.golden import Golden, dump_golden
 from edgeadapt.bundle.manifest import AdapterRecord, FileRecord, Manifest
 from edgeadapt.bundle.names import MANIFEST_FILE, check_adapter_name, check_file_path
-from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter
 from edgeadapt.bundle.rules import dump_manifest, file_role, manifest_digest
 from edgeadapt.bundle.stored import to_stored
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import to_mapping
 from edgeadapt.files import sha256_file
+from edgeadapt.onnx_adapter import dump_onnx_adapter
 
 Array = NDArray[Any]
 

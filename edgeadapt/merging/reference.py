@@ -24,7 +24,7 @@ REFERENCE = "edgeadapt_reference"
 _PREFIX = "base_model.model."
 _NAMES_SHOWN = 5
 # The layouts whose adapters peft computes: its own, and LoRA under other names.
-_RUN_BY_PEFT = ("peft", "gguf", "kohya", "mlx")
+_RUN_BY_PEFT = ("peft", "gguf", "kohya", "mlx", "onnx_adapter")
 # These leave the base as it is; every other initialization ("pissa", "olora", ...) may rewrite its weights in place.
 _HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from edgeadapt.adapters.adapter import Adapter, ResolvedAdapter
 from edgeadapt.adapters.factor import dense_sites
 from edgeadapt.adapters.inspect import default_head_size, task_of
-from edgeadapt.adapters.layouts.gguf import rows_in_order
-from edgeadapt.adapters.layouts.kohya import paths_of_base
-from edgeadapt.adapters.read import read_adapters
+from edgeadapt.adapters.read import fit_to_base, read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.bundle.names import check_adapter_name
 from edgeadapt.errors import AdapterError, RecipeError
@@ -89,9 +87,8 @@ def load_base(recipe: Recipe, adapters: Sequence[Adapter], base: BaseModel | Non
 
 
 def in_order_of(base: BaseModel, adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Return the adapters with rows and names as the base's; only GGUF has other rows, and kohya other names."""
-    adapters = [paths_of_base(adapter, base.modules) for adapter in adapters]
-    return [rows_in_order(adapter, head_dim_of(base) if adapter.layout == "gguf" else None) for adapter in adapters]
+    """Return the adapters with names, rows and axes as the base's."""
+    return [fit_to_base(adapter, base.modules, head_dim_of(base)) for adapter in adapters]
 
 
 def head_dim_of(base: BaseModel) -> int | None:

@@ -98,16 +98,33 @@ def kohya(peft: Path, folder: Path) -> Path:
     return folder
 
 
+def olive(peft: Path, folder: Path) -> Path:
+    """Write what Olive's convert-adapters writes: factors as a graph has them, alpha / r in B, by ONNX Runtime."""
+    import onnxruntime
+
+    tensors = {}
+    for key, value in load_file(peft / "adapter_model.safetensors").items():
+        scaled = value * np.float32(ALPHA / RANK) if "lora_B" in key else value
+        name = key.replace("base_model.model.model", "model")
+        tensors[name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(scaled.T))
+    folder.mkdir()
+    writer = onnxruntime.AdapterFormat()
+    writer.set_parameters(tensors)
+    writer.export_adapter(str(folder / "adapter_weights.onnx_adapter"))
+    return folder
+
+
 Write = Callable[[Path, Path], Path]
 LAYOUTS: dict[str, tuple[Write, dict[str, Any]]] = {
     "gguf": (gguf, {}),
     "kohya": (kohya, {}),
     "mlx": (mlx, {}),
     "mlx-dora": (mlx, {"use_dora": True}),
+    "olive": (olive, {}),
 }
 
 
-SOURCES = {"gguf": "llama.cpp (GGUF)", "kohya": "kohya sd-scripts", "mlx": "MLX-LM"}
+SOURCES = {"gguf": "llama.cpp (GGUF)", "kohya": "kohya sd-scripts", "mlx": "MLX-LM", "olive": "Olive (.onnx_adapter)"}
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeadapt.adapters.adapter import Adapter, Array, BaseReference, TensorRef
+from edgeadapt.adapters.adapter import Adapter, Array, BaseReference, TargetModule, TensorRef
 from edgeadapt.adapters.fingerprint import FILE_NAME as FINGERPRINT
 from edgeadapt.adapters.fingerprint import find_fingerprint
 from edgeadapt.adapters.gguf_head import GgufHead, GgufTensor, read_head
@@ -80,6 +80,12 @@ def read(name: str, folder: Path, root: Path) -> Adapter:
     return Adapter(
         *(name, folder, "lora", "gguf", config, peft_tensors(pairs), base), warnings=(*warnings, *sorted(unused))
     )
+
+
+def fit(adapter: Adapter, modules: Mapping[str, TargetModule], head_dim: int | None) -> Adapter:
+    """Return the adapter with the rows of q and k in the base's order; see `rows_in_order`."""
+    del modules
+    return rows_in_order(adapter, head_dim)
 
 
 def rows_in_order(adapter: Adapter, head_dim: int | None) -> Adapter:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from edgeadapt.adapters.adapter import Adapter, TensorRef
+from edgeadapt.adapters.adapter import Adapter, TargetModule, TensorRef
 from edgeadapt.adapters.fingerprint import FILE_NAME as FINGERPRINT
 from edgeadapt.adapters.fingerprint import find_fingerprint
 from edgeadapt.adapters.peft_files import CONFIG
@@ -49,6 +49,12 @@ def read(name: str, folder: Path, root: Path) -> Adapter:
         warnings.append(f"no {FINGERPRINT}: only the base's module names and shapes can be checked")
     config = peft_config(pairs) | {FLAT: True}
     return Adapter(name, folder, "lora", "kohya", config, peft_tensors(pairs), base, tuple(warnings))
+
+
+def fit(adapter: Adapter, modules: Mapping[str, TargetModule], head_dim: int | None) -> Adapter:
+    """Return the adapter with the names of the base's modules; see `paths_of_base`."""
+    del head_dim
+    return paths_of_base(adapter, modules)
 
 
 def paths_of_base(adapter: Adapter, modules: Iterable[str]) -> Adapter:

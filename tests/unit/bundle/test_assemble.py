@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from edgeadapt.bundle.assemble import assemble
-from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter
 from edgeadapt.bundle.stored import to_float32, to_stored, with_scales
 from edgeadapt.errors import BundleError
+from edgeadapt.onnx_adapter import dump_onnx_adapter
 from edgeadapt.slots import Joined, Slot
 
 TERMS = ("a", "b", "gain", "offset")

@@ -8,10 +8,10 @@ import pytest
 
 from edgeadapt.bundle.bind import bind
 from edgeadapt.bundle.bundle import open_bundle
-from edgeadapt.bundle.onnx_adapter import read_onnx_adapter
 from edgeadapt.bundle.stored import as_stored
 from edgeadapt.bundle.write import adapter_files, write_adapter, write_assets, write_manifest
 from edgeadapt.errors import BundleError
+from edgeadapt.onnx_adapter import read_onnx_adapter
 
 
 def test_what_was_written_is_read(make_bundle, make_adapter, manifest, golden):

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeadapt.bundle.onnx_adapter import ALIGNMENT_BYTES, dump_onnx_adapter, parse_onnx_adapter, read_onnx_adapter
 from edgeadapt.errors import BundleError, FileError
+from edgeadapt.onnx_adapter import ALIGNMENT_BYTES, dump_onnx_adapter, parse_onnx_adapter, read_onnx_adapter
 
 TENSORS = {
     "layer.q.lora_B": np.arange(6, dtype=np.float32).reshape(2, 3),

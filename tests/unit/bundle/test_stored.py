@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter, parse_onnx_adapter
 from edgeadapt.bundle.stored import DTYPES, as_stored, to_float32, to_stored
 from edgeadapt.errors import BundleError
+from edgeadapt.onnx_adapter import dump_onnx_adapter, parse_onnx_adapter
 
 RNG = np.random.default_rng(3)
 TENSORS = {

@@ -11,11 +11,11 @@ from edgeadapt.bundle.adapter_json import dump_adapter_json
 from edgeadapt.bundle.bundle import open_bundle
 from edgeadapt.bundle.golden import dump_golden
 from edgeadapt.bundle.manifest import FileRecord
-from edgeadapt.bundle.onnx_adapter import dump_onnx_adapter
 from edgeadapt.bundle.rules import dump_manifest, manifest_digest
 from edgeadapt.bundle.verify import Finding, verify_files
 from edgeadapt.errors import BundleError
 from edgeadapt.files import canonical_json
+from edgeadapt.onnx_adapter import dump_onnx_adapter
 
 ADAPTER = "adapters/one/adapter.onnx_adapter"
 JSON = "adapters/one/adapter.json"
