@@ -114,6 +114,26 @@ ARCHITECTURES = (
         (["query", "key", "value", "dense"], ["query", "value"]),
     ),
     Architecture(
+        "modernbert",
+        _from(
+            "ModernBertForSequenceClassification",
+            "ModernBertConfig",
+            vocab_size=128,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+            local_attention=8,
+            global_attn_every_n_layers=2,
+            num_labels=3,
+            **dict.fromkeys(("pad_token_id", "cls_token_id", "sep_token_id", "bos_token_id", "eos_token_id"), 1),
+        ),
+        "text-classification",
+        (["Wqkv", "Wo", "Wi"], ["Wqkv"]),
+        ["classifier"],
+    ),
+    Architecture(
         "distilbert",
         _from(
             "DistilBertForTokenClassification",
