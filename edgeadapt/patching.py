@@ -125,7 +125,8 @@ def _make(
     if variant.problem is not None:
         return None
     packed = promoted / "packed"
-    pack(variant.graph(graph), packed, (), modules)
+    apart = [slot.site for slot in bundle.manifest.slots if "input_gain" in slot.inputs]
+    pack(variant.graph(graph), packed, (), modules, apart=apart)
     found = changes(bundle.path, packed, bundle.manifest.graphs)
     if isinstance(found, str):
         variant.problem = found
@@ -177,7 +178,7 @@ def _new_values(base: BaseModel, adapter: ResolvedAdapter) -> dict[str, NewValue
     Raises:
         MergeError: if a module cannot take its update, or no weight changes.
     """
-    from edgeadapt.merging.merge import check_linear, check_site
+    from edgeadapt.merging.merge import WEIGHT_TERMS, check_linear, check_site
     from edgeadapt.quantize.patch import NewValue
 
     if adapter.prefix is not None:
@@ -188,7 +189,7 @@ def _new_values(base: BaseModel, adapter: ResolvedAdapter) -> dict[str, NewValue
         target = base.modules[path]
         check_site(base, target, update)
         turned = target.type == "conv1d"
-        if update.a is not None or update.gain is not None or target.type == "embedding":
+        if update.terms.keys() & WEIGHT_TERMS or target.type == "embedding":
             values[f"{path}.weight"] = NewValue(target.weight, _merged(base, target, update, "weight"), turned)
         if target.type != "embedding" and (update.offset is not None or (update.gain is not None and target.has_bias)):
             values[f"{path}.bias"] = NewValue(target.bias, _merged(base, target, update, "bias"))

@@ -11,6 +11,9 @@ ROWWISE_TYPES = ("linear", "conv1d", "norm")
 adapter where its values are [batch, seq, out]. There the inputs declare no shape, because a first axis may come before
 the usual ones."""
 
+INPUT_GAIN_TYPES = ("linear", "conv1d")
+"""Modules whose inputs an adapter can scale."""
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -18,8 +21,8 @@ class Slot:
 
     site: module path in the base; graphs: roles of the graphs that hold it
     type: linear | conv1d | conv2d | embedding (| norm, other: gain and offset only)
-    inputs: input per term ("a", "b", "gain", "offset"); a term that is absent has no input. It is the graph's input,
-        except for a module of a joined product
+    inputs: input per term ("a", "b", "gain", "offset", "input_gain"); a term that is absent has no input. It is the
+        graph's input, except for a module of a joined product
     """
 
     site: str

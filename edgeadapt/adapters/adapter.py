@@ -7,15 +7,15 @@ Two nouns, in the order in which data walks:
 
 At a module with input x and output y a resolved adapter computes
 
-    y' = (y + (x A) B) * gain + offset
+    y' = (W (x * input_gain) + b + (x A) B) * gain + offset
 
-with every term optional. Scaling (alpha / r and its variants) is folded into B.
+with every term optional, where y = W x + b. Scaling (alpha / r and its variants) is folded into B.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -134,17 +134,24 @@ class Library(Protocol):
 
 @dataclass(frozen=True)
 class SiteUpdate:
-    """What an adapter does at one module: y' = (y + (x A) B) * gain + offset.
+    """What an adapter does at one module: y' = (W (x * input_gain) + b + (x A) B) * gain + offset.
 
     a: float32[in, rank] (embedding: float32[num_embeddings, rank]; conv2d: float32[rank, in, kh, kw], of all groups)
     b: float32[rank, out] (conv2d: float32[out, rank, 1, 1]), scaling folded in
     gain: float32[out] or None; offset: float32[out] or None
+    input_gain: float32[in] or None, at linear and conv1d modules alone
     """
 
     a: Array | None = None
     b: Array | None = None
     gain: Array | None = None
     offset: Array | None = None
+    input_gain: Array | None = None
+
+    @property
+    def terms(self) -> dict[str, Array]:
+        """The arrays that are there, by name."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     @property
     def rank(self) -> int:
@@ -252,7 +259,7 @@ class ResolvedAdapter:
     @property
     def parameter_count(self) -> int:
         """How many numbers the adapter holds."""
-        arrays = [x for u in self.sites.values() for x in (u.a, u.b, u.gain, u.offset) if x is not None]
+        arrays = [x for update in self.sites.values() for x in update.terms.values()]
         prefix = () if self.prefix is None else (*self.prefix.keys, *self.prefix.values)
         of_bottlenecks = [x for bottleneck in self.bottlenecks for x in bottleneck.arrays]
         of_branches = [x for branch in self.branches for x in branch.tensors.values()]

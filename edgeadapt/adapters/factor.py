@@ -1,7 +1,7 @@
-"""From a module's weight in effect to the cheapest update that gives it: y' = (y + (x A) B) * gain + offset.
+"""From a module's weight in effect to the cheapest update that gives it, with the terms of `SiteUpdate`.
 
-In this order: nothing, a gain per output, few rows or columns of the weight, a low rank, and last the whole change.
-All of it in matrices M[in, out], as in y = x M; computed in float64 and verified as float32.
+In this order: nothing, a gain per output, a gain per input, few rows or columns of the weight, a low rank, and last the
+whole change. All of it in matrices M[in, out], as in y = x M; computed in float64 and verified as float32.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.adapters.adapter import Array, Effective, ResolvedAdapter, SiteUpdate, TargetModule
+from edgeadapt.slots import INPUT_GAIN_TYPES
 
 TOLERANCE = 1e-6
 """The largest error of a gain or a low rank, relative to the weight's largest value: what float32 sums leave anyway."""
@@ -37,6 +38,9 @@ def factor(module: TargetModule, now: Effective) -> SiteUpdate | None:
     gain = _gain(old, new, largest)
     if gain is not None:
         return _update(gain=gain, offset=_offset(biases[1] - gain * biases[0], biases))
+    input_gain = _gain(old.T, new.T, largest) if module.type in INPUT_GAIN_TYPES else None
+    if input_gain is not None:
+        return _update(input_gain=input_gain, offset=_offset(biases[1] - biases[0], biases))
     if now.low_rank is not None and (update := _known(old, new, now.low_rank, biases, largest)) is not None:
         return update
     noise = 2 * _EPS * float(np.sqrt(np.mean(np.square(new, dtype=np.float64))))
@@ -82,10 +86,9 @@ def _offset(offset: Wide, biases: Wide) -> Wide | None:
     return offset if np.abs(offset).max(initial=0.0) > noise else None
 
 
-def _update(gain: Wide | None = None, offset: Wide | None = None) -> SiteUpdate | None:
-    if gain is None and offset is None:
-        return None
-    return SiteUpdate(gain=_single(gain), offset=_single(offset))
+def _update(gain: Wide | None = None, offset: Wide | None = None, input_gain: Wide | None = None) -> SiteUpdate | None:
+    update = SiteUpdate(gain=_single(gain), offset=_single(offset), input_gain=_single(input_gain))
+    return update if update.terms else None
 
 
 def _single(value: Wide | None) -> Array | None:
@@ -93,7 +96,7 @@ def _single(value: Wide | None) -> Array | None:
 
 
 def _gain(old: Array, new: Array, largest: float) -> Wide | None:
-    """Return the factor per output that turns one matrix into the other, or None if there is none."""
+    """Return the factor per column that turns one matrix into the other, or None if there is none."""
     wide = old.astype(np.float64)
     squares = np.einsum("io,io->o", wide, wide)
     gain = np.einsum("io,io->o", wide, new.astype(np.float64)) / np.where(squares == 0, 1.0, squares)

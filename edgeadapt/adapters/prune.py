@@ -71,7 +71,7 @@ def expected_kl(spectra: Mapping[str, Spectrum], price: float) -> float:
 def pruned(adapter: ResolvedAdapter, spectra: Mapping[str, Spectrum], price: float) -> ResolvedAdapter:
     """Return the adapter without the ranks that cost less than `price` nats each to leave out.
 
-    A site keeps its gain and offset. Where nothing remains it is gone; a whole site counts `SITE_COST` ranks.
+    A site keeps its gains and its offset. Where nothing remains it is gone; a whole site counts `SITE_COST` ranks.
     """
     sites = {}
     for path, update in adapter.sites.items():
@@ -85,8 +85,8 @@ def pruned(adapter: ResolvedAdapter, spectra: Mapping[str, Spectrum], price: flo
         elif kept:
             a, b = _first(item, kept)
             sites[path] = replace(update, a=a, b=b)
-        elif update.gain is not None or update.offset is not None:
-            sites[path] = replace(update, a=None, b=None)
+        elif (rest := replace(update, a=None, b=None)).terms:
+            sites[path] = rest
     return replace(adapter, sites=sites)
 
 

@@ -1,6 +1,7 @@
 """An adapter's arrays to the tensors that a bundle keeps of it: the graphs' inputs, and what its texts begin with.
 
-At a slot the graph computes y' = (y + (x A) B) * gain + offset; what is not bound keeps its default, the identity.
+At a slot the graph computes y' = (W (x * input_gain) + b + (x A) B) * gain + offset; what is not bound keeps its
+default, the identity.
 """
 
 from __future__ import annotations
@@ -16,9 +17,8 @@ from edgeadapt.bundle.bottlenecks import bind_bottlenecks, bottleneck_inputs, re
 from edgeadapt.bundle.branches import bind_branches, branch_inputs, read_branches
 from edgeadapt.bundle.manifest import BaseModule, Manifest
 from edgeadapt.bundle.prefix import check_prefix, is_prefix_tensor, prefix_of, prefix_tensors
-from edgeadapt.bundle.rules import TERMS
 from edgeadapt.errors import BundleError
-from edgeadapt.slots import ParameterSlot, Slot
+from edgeadapt.slots import INPUT_GAIN_TYPES, ParameterSlot, Slot
 
 Array = NDArray[Any]
 
@@ -148,13 +148,14 @@ def _no_slot(adapter: str, noun: str, name: str, *, known: bool) -> BundleError:
 
 
 def _bind_site(adapter: str, slot: Slot, update: SiteUpdate) -> dict[str, Array]:
-    values = {term: value for term in TERMS if (value := getattr(update, term)) is not None}
+    values = update.terms
     if not values:
         raise BundleError(f"adapter {adapter!r} names module {slot.site!r} but changes nothing there", hint=_FIT_HINT)
     for term in values:
         if term not in slot.inputs:
+            what = f"{'a' if term in ('b', 'gain') else 'an'} {term}"
             raise BundleError(
-                f"adapter {adapter!r} needs a {term} at module {slot.site!r}, but this bundle's slot takes only "
+                f"adapter {adapter!r} needs {what} at module {slot.site!r}, but this bundle's slot takes only "
                 f"{', '.join(sorted(slot.inputs))}",
                 hint=_EXPORT_HINT,
             )
@@ -165,9 +166,14 @@ def _check_update(adapter: str, site: str, update: SiteUpdate, module: BaseModul
     if (update.a is None) != (update.b is None):
         raise BundleError(f"adapter {adapter!r} has only half of the pair A, B at module {site!r}", hint=_FIT_HINT)
     out = _channels(module)
-    for term, value in (("gain", update.gain), ("offset", update.offset)):
-        if value is not None:
-            _check_shape(adapter, f"{term} of module {site!r}", value, (out,))
+    if update.input_gain is not None and module.type not in INPUT_GAIN_TYPES:
+        raise BundleError(
+            f"adapter {adapter!r} has an input_gain at module {site!r} of type {module.type!r}", hint=_FIT_HINT
+        )
+    sizes = {"gain": out, "offset": out, "input_gain": module.in_features}
+    for term, value in update.terms.items():
+        if term in sizes:
+            _check_shape(adapter, f"{term} of module {site!r}", value, (sizes[term],))
     if update.a is not None and update.b is not None:
         _check_low_rank(adapter, update.a, update.b, module)
 

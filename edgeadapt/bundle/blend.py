@@ -2,11 +2,14 @@
 
 The blend of adapters with outputs y_i at a module is y + sum_i w_i (y_i - y), where
 
-    y_i = (y + (x A_i) B_i) * g_i + c_i
+    y_i = (W (x * h_i) + b + (x A_i) B_i) * g_i + c_i
 
 so that it is again of the form that a slot computes (docs/formats/bundle-1.md, "Blending"):
 
     g = 1 + sum_i w_i (g_i - 1),   A = [A_1 A_2 ...],   B = [w_1 B_1 g_1 / g; w_2 B_2 g_2 / g; ...],   c = sum_i w_i c_i
+    h = 1 + sum_i w_i (h_i - 1)
+
+but where one scales a module's inputs (h) and one, the same or another, its outputs (g): W diag(h) g is no such sum.
 """
 
 from __future__ import annotations
@@ -43,8 +46,8 @@ def blend(parts: Sequence[Part], manifest: Manifest, defaults: Mapping[str, Arra
 
     Raises:
         BundleError: if a weight is not finite, an input unknown, replaced parameters have different shapes or no
-            known default, the blended gain is 0 where B would have to be divided by it, or an adapter has a prefix or
-            a branch.
+            known default, the blended gain is 0 where B would have to be divided by it, a module has both a gain and an
+            input gain, or an adapter has a prefix or a branch.
     """
     _check_parts(parts, manifest)
     used = [(weight, inputs) for weight, inputs in parts if weight != 0]
@@ -91,10 +94,17 @@ def _refuse_prefixes(parts: Sequence[Part]) -> None:
 
 def _blend_slot(parts: Sequence[Part], slot: Slot) -> dict[str, Array]:
     names = slot.inputs
-    gain = _blend_gain(parts, slot)
+    gain, input_gain = (_blend_gain(parts, names.get(term, "")) for term in ("gain", "input_gain"))
+    if gain is not None and input_gain is not None:
+        raise BundleError(
+            f"one adapter of the blend scales the inputs of module {slot.site!r} (input_gain) and one, the same or "
+            "another, its outputs (gain): their weighted sum is neither",
+            hint="use one of them alone, with weight 1",
+        )
     result: dict[str, Array] = {}
-    if gain is not None:
-        result[names["gain"]] = gain.astype(np.float32)
+    for term, value in (("gain", gain), ("input_gain", input_gain)):
+        if value is not None:
+            result[names[term]] = value.astype(np.float32)
     if "offset" in names:
         offsets = [weight * _wide(inputs[names["offset"]]) for weight, inputs in parts if names["offset"] in inputs]
         if offsets:
@@ -104,8 +114,7 @@ def _blend_slot(parts: Sequence[Part], slot: Slot) -> dict[str, Array]:
     return result
 
 
-def _blend_gain(parts: Sequence[Part], slot: Slot) -> Array | None:
-    name = slot.inputs.get("gain", "")
+def _blend_gain(parts: Sequence[Part], name: str) -> Array | None:
     terms = [weight * (_wide(inputs[name]) - 1) for weight, inputs in parts if name in inputs]
     return 1 + np.sum(terms, axis=0) if terms else None
 

@@ -1,7 +1,8 @@
 """What 4 bits leave of the base's weights, at a low rank, beside whatever adapter is active.
 
 The file `graph/residual.onnx_adapter` holds A_r and B_r of modules with slots. An adapter or a blend then computes
-y' = (y + x A_r B_r + (x A) B) * gain + offset: one more part along the rank, no further node.
+y' = (y + x A_r B_r + (x A) B) * gain + offset: one more part along the rank, no further node. Where an adapter scales a
+module's inputs, it scales them for A_r too, which then is a part of the weight.
 """
 
 from __future__ import annotations
@@ -52,6 +53,9 @@ def with_residual(inputs: Mapping[str, Array], residual: Mapping[str, Array], ma
         for term, axis in (("a", 1), ("b", 0)):
             name = slot.inputs.get(term, "")
             if name in residual:
-                parts = [inputs[name], residual[name]] if name in inputs else [residual[name]]
+                own = residual[name]
+                if term == "a" and (input_gain := inputs.get(slot.inputs.get("input_gain", ""))) is not None:
+                    own = input_gain[:, None] * own
+                parts = [inputs[name], own] if name in inputs else [own]
                 result[name] = np.concatenate(parts, axis=axis, dtype=np.float32)
     return result

@@ -20,13 +20,13 @@ from edgeadapt.decoder_spec import DecoderSpec
 from edgeadapt.errors import BundleError
 from edgeadapt.fields import from_mapping, to_mapping
 from edgeadapt.files import canonical_json, parse_json
-from edgeadapt.slots import BOTTLENECK_ACTIVATIONS, BOTTLENECK_READS, Joined, Slot
+from edgeadapt.slots import BOTTLENECK_ACTIVATIONS, BOTTLENECK_READS, INPUT_GAIN_TYPES, Joined, Slot
 
 WEIGHTS_FILE = "graph/weights.bin"
 RESIDUAL_FILE = "graph/residual.onnx_adapter"
 ROLES = ("graph", "weights", "residual", "asset", "adapter", "golden", "patch")
 _GRAPH_FILES = {WEIGHTS_FILE: "weights", RESIDUAL_FILE: "residual"}
-TERMS = ("a", "b", "gain", "offset")
+TERMS = ("a", "b", "gain", "offset", "input_gain")
 MODULE_TYPES = ("linear", "conv1d", "conv2d", "embedding", "norm", "other")
 
 _HINT = "the bundle is damaged or was not written by edgeadapt; export it again"
@@ -227,6 +227,8 @@ def _check_joined(joined: Joined, manifest: Manifest, where: str) -> None:
             raise _broken(where, f"{what}: {site!r} has no slot in graph {joined.graph!r}")
         if slots[site].inputs.keys() != joined.inputs.keys():
             raise _broken(where, f"{what}: terms {sorted(joined.inputs)}, slot {site!r} has other terms")
+        if "input_gain" in joined.inputs:
+            raise _broken(where, f"{what}: a product whose input is scaled is never joined")
         if slots[site].type != "linear" or slots[site].in_features != slots[joined.sites[0]].in_features:
             raise _broken(where, f"{what}: {site!r} is no linear layer of the same input")
 
@@ -247,6 +249,8 @@ def _check_slot(slot: Slot, where: str) -> None:
         raise _broken(where, f"slot {slot.site!r} has the terms {sorted(slot.inputs)}: a and b go together")
     if slot.type in ("norm", "other") and "a" in slot.inputs:
         raise _broken(where, f"slot {slot.site!r} is of type {slot.type!r}, which has no a and b")
+    if slot.type not in INPUT_GAIN_TYPES and "input_gain" in slot.inputs:
+        raise _broken(where, f"slot {slot.site!r} is of type {slot.type!r}, which has no input_gain")
 
 
 def _check_inputs(manifest: Manifest, where: str) -> None:

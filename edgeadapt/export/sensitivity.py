@@ -55,15 +55,15 @@ def collect_sensitivity(
 
 
 class _Branch:
-    """One site: y' = (y + h B) * gain + offset, with h = x A kept between the pass forth and the pass back."""
+    """One site as `SiteUpdate` has it, with h = x A kept between the pass forth and the pass back."""
 
     def __init__(self, base: BaseModel, path: str, update: SiteUpdate) -> None:
         self.module = base.module.get_submodule(path)
         self.type = base.modules[path].type
         self.rank = update.rank
-        self.a, self.b, self.gain, self.offset = (
+        self.a, self.b, self.gain, self.offset, self.input_gain = (
             None if value is None else torch.from_numpy(value)
-            for value in (update.a, update.b, update.gain, update.offset)
+            for value in (update.a, update.b, update.gain, update.offset, update.input_gain)
         )
         self.hidden: torch.Tensor | None = None
         self._count = 0
@@ -72,6 +72,8 @@ class _Branch:
 
     def hook(self, _module: torch.nn.Module, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         """Return the module's output with the adapter."""
+        if self.input_gain is not None:
+            y = self.module.forward(args[0] * self.input_gain)
         if self.a is not None:
             self.hidden = self._reduce(args[0]).requires_grad_()
             y = y + self._expand(self.hidden)

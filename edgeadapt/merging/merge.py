@@ -18,6 +18,7 @@ from edgeadapt.merging.base_model import BaseModel
 from edgeadapt.merging.fingerprint import module_digest
 from edgeadapt.merging.graft import follow_rows, keep_untied, owner_of, set_parameter, share, shared_names
 from edgeadapt.merging.modules import target_module
+from edgeadapt.slots import INPUT_GAIN_TYPES
 
 # Rows are merged in float64 in pieces of this many numbers, so that a large embedding costs no second copy.
 _PIECE = 1 << 22
@@ -25,7 +26,9 @@ Wide = NDArray[np.float64]
 
 
 def merge(base: BaseModel, resolved: ResolvedAdapter) -> BaseModel:
-    """Return the base with an adapter folded into its weights: W' = (W + ΔW) · gain, bias' = bias · gain + offset.
+    """Return the base with an adapter folded into its weights: W' = (W · input_gain + ΔW) · gain, and its biases.
+
+    bias' = bias · gain + offset.
 
     Everything is computed in float64 from the float32 values and cast once. The given base is not changed; the result
     shares the weights that the adapter leaves alone. A weight that is tied to another module's is untied first, so
@@ -41,7 +44,7 @@ def merge(base: BaseModel, resolved: ResolvedAdapter) -> BaseModel:
             hint="export it without --merge: it costs no more than its tokens",
         )
     check_linear(resolved)
-    if not resolved.replaced and not any(_terms(update) for update in resolved.sites.values()):
+    if not resolved.replaced and not any(update.terms for update in resolved.sites.values()):
         raise MergeError(
             f"adapter {resolved.name!r} has nothing to merge: it changes no module and no parameter",
             hint="check that the adapter was saved after training",
@@ -117,7 +120,7 @@ def check_merge(
 
 
 def merged_weight(target: TargetModule, update: SiteUpdate) -> Array:
-    """Return float32 `target`'s weight with the low-rank term added and the gain applied, in torch's layout.
+    """Return float32 `target`'s weight with the low-rank term added and the gains applied, in torch's layout.
 
     Raises:
         MergeError: if the update does not fit the module.
@@ -131,13 +134,19 @@ def merged_weight(target: TargetModule, update: SiteUpdate) -> Array:
         wanted = _flat(weight, target).shape
         if (product[0].shape[0], product[1].shape[1]) != wanted or product[0].shape[1] != product[1].shape[0]:
             raise _misfit(target, f"A {update.a.shape} and B {update.b.shape}")
-    gain = None if update.gain is None else update.gain.astype(np.float64)
+    gain, input_gain = (None if x is None else x.astype(np.float64) for x in (update.gain, update.input_gain))
     if gain is not None and gain.shape != (target.out_features,):
         raise _misfit(target, f"a gain of shape {gain.shape}")
-    return _scaled_sum(_flat(weight, target), product, gain, by_row=target.type in _BY_ROW).reshape(weight.shape)
+    inputs = target.in_features if target.type in INPUT_GAIN_TYPES else 0
+    if input_gain is not None and input_gain.shape != (inputs,):
+        raise _misfit(target, f"an input gain of shape {input_gain.shape}")
+    by_row = target.type in _BY_ROW
+    return _scaled_sum(_flat(weight, target), product, gain, input_gain, by_row=by_row).reshape(weight.shape)
 
 
 _BY_ROW = frozenset({"linear", "conv2d", "norm"})  # the output axis of the weight comes first
+WEIGHT_TERMS = frozenset({"a", "b", "gain", "input_gain"})
+"""Terms of `SiteUpdate` that change a module's weight."""
 
 
 def _changes(base: BaseModel, resolved: ResolvedAdapter) -> dict[str, Array]:
@@ -172,13 +181,13 @@ def site_changes(base: BaseModel, target: TargetModule, update: SiteUpdate) -> d
     Raises:
         MergeError: if the update does not fit the module, or its computation cannot take it.
     """
-    if not _terms(update):
+    if not update.terms:
         return {}
     if (update.a is None) != (update.b is None):
         raise _misfit(target, "A without B" if update.b is None else "B without A")
     check_site(base, target, update)
     changes: dict[str, Array] = {}
-    if update.a is not None or update.gain is not None or target.type == "embedding":
+    if update.terms.keys() & WEIGHT_TERMS or target.type == "embedding":
         changes[f"{target.path}.weight"] = merged_weight(target, update)
     if update.offset is not None and update.offset.shape != (target.out_features,):
         raise _misfit(target, f"an offset of shape {update.offset.shape}")
@@ -259,20 +268,31 @@ def _flat(weight: Array, target: TargetModule) -> Array:
     return weight
 
 
-def _scaled_sum(weight: Array, product: tuple[Wide, Wide] | None, gain: Wide | None, *, by_row: bool) -> Array:
-    """Return float32 (weight + left right) · gain, in pieces of rows; `by_row`: the gain is per row, not per column."""
+def _scaled_sum(
+    weight: Array, product: tuple[Wide, Wide] | None, gain: Wide | None, input_gain: Wide | None, *, by_row: bool
+) -> Array:
+    """Return float32 (weight · input_gain + left right) · gain, in pieces of rows.
+
+    `by_row`: the gain is per row and the input gain per column, else the other way round.
+    """
     result = np.empty(weight.shape, dtype=np.float32)
     step = max(1, _PIECE // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         piece = weight[rows].astype(np.float64)
+        if input_gain is not None:
+            piece *= _spread(input_gain, rows, by_row=not by_row)
         if product is not None:
             piece += product[0][rows] @ product[1]
         if gain is not None:
-            piece *= gain[rows, None] if by_row else gain[None, :]
+            piece *= _spread(gain, rows, by_row=by_row)
         with np.errstate(over="ignore"):  # what overflows is refused with the adapter's and the weight's name
             result[rows] = piece
     return result
+
+
+def _spread(gain: Wide, rows: slice, *, by_row: bool) -> Wide:
+    return gain[rows, None] if by_row else gain[None, :]
 
 
 def _apply(module: nn.Module, changes: Mapping[str, Array]) -> None:
@@ -328,10 +348,6 @@ def _proportional(module: nn.Module) -> bool:
             if old is not None:
                 set_parameter(probe, attribute, 2 * old)
         return bool(torch.allclose(probe(x), 2 * before, rtol=1e-4, atol=1e-6))
-
-
-def _terms(update: SiteUpdate) -> bool:
-    return any(term is not None for term in (update.a, update.b, update.gain, update.offset))
 
 
 def _misfit(target: TargetModule, what: str) -> MergeError:

@@ -6,7 +6,7 @@ it. Rows of quantized weights are independent of each other, so the joined produ
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,16 +35,18 @@ class _Part:
         return self.product.attributes["N"].as_int()
 
 
-def join_products(model: ir.Model) -> None:
+def join_products(model: ir.Model, apart: Collection[str] = ()) -> None:
     """Join MatMulNBits products of sibling modules with one input, in place; their markers become one with `sites`.
 
     Joined are modules with the same parent that read the same value and are stored alike (bits, block size, zero
-    points). What follows gets its part by a Split, GroupQueryAttention the whole.
+    points). What follows gets its part by a Split, GroupQueryAttention the whole. Modules in `apart` are left alone:
+    an adapter scales the input of one of them, and not the others'.
     """
     graph = model.graph
     groups: dict[tuple[object, ...], list[_Part]] = {}
     for node in graph:
-        if node.domain == MARKER_DOMAIN and node.op_type == ADAPTER_SITE and (part := _part(node)) is not None:
+        marker = node.domain == MARKER_DOMAIN and node.op_type == ADAPTER_SITE
+        if marker and (part := _part(node)) is not None and part.site not in apart:
             groups.setdefault(_kind(part), []).append(part)
     for parts in groups.values():
         if len(parts) > 1 and len({part.site for part in parts}) == len(parts):

@@ -26,7 +26,7 @@ from edgeadapt.slots import ROWWISE_TYPES, BottleneckKind, BranchKind
 class Lowered:
     """What became optional inputs of one graph.
 
-    terms: per module the terms that it takes ("a", "b", "gain", "offset"); modules of a joined product take the same
+    terms: per module the terms that it takes (names of `SiteUpdate`); modules of a joined product take the same
     joined: the modules of each joined product that takes adapters, in the order of their outputs
     parameters: names of the parameters that can be replaced
     bottlenecks, branches: per module the kinds of bottleneck, and of other networks, that can be beside it
@@ -53,7 +53,7 @@ def lower(
 
     Args:
         model: one graph with markers.
-        wanted: the terms that adapters use ("a", "b", "gain", "offset"), per site; empty for the plain graph.
+        wanted: the terms that adapters use (names of `SiteUpdate`), per site; empty for the plain graph.
         replaced: parameters that adapters replace whole.
         flexible: those of them whose axis 0 may differ between adapters.
         modules: the base's modules by path.
@@ -61,7 +61,8 @@ def lower(
         branches: the kinds of other networks that they have there.
 
     Raises:
-        ExportError: if there is no place for a bottleneck or a branch in the graph.
+        ExportError: if there is no place for a bottleneck or a branch in the graph, or no product whose input an
+            adapter could scale.
     """
     graph = model.graph
     lowering = _Lowering(graph)
@@ -148,7 +149,7 @@ class _Lowering:
         *,
         varies: bool,
     ) -> ir.Value:
-        """Return y' = (y + (x A) B) * gain + offset for the terms in use; one branch for all `sites` of a product.
+        """Return y' as `SiteUpdate` has it for the terms in use; one branch for all `sites` of a product.
 
         Where the number of outputs `varies` (a head that another adapter replaces), the defaults have one output, which
         stands for any number.
@@ -166,20 +167,30 @@ class _Lowering:
         shape = node.outputs[0].shape
         rowwise = module.type in ROWWISE_TYPES and shape is not None and len(shape) == 3
         nodes: list[ir.Node] = []
+        if "input_gain" in terms:
+            size = module.in_features
+            vector = self._vector(site, "input_gain", np.ones(size, np.float32), None if rowwise else [size])
+            y = _of_scaled(nodes, y, x, _append(nodes, "Mul", [x, vector]), site)
         if "a" in terms:
             a, b = self._low_rank_inputs(site, module, inputs, varies=varies, rowwise=rowwise)
             nodes += _low_rank(x, a, b, module, _conv_of(node, module))
             y = _append(nodes, "Add", [y, nodes[-1].outputs[0]])
         for term, op, default in (("gain", "Mul", np.ones), ("offset", "Add", np.zeros)):
             if term in terms:
-                if term not in inputs:
-                    size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
-                    declared = None if rowwise else [axis]
-                    inputs[term] = self.add_input(f"{site}.{term}", default(size, np.float32), declared)
-                vector = inputs[term]
+                size, axis = (1, f"{site}.out") if varies else (module.out_features, module.out_features)
+                vector = self._vector(site, term, default(size, np.float32), None if rowwise else [axis])
                 y = _append(nodes, op, [y, _per_channel(nodes, vector, module)])
         self.graph.insert_before(node, nodes)
         return y
+
+    def _vector(
+        self, site: str, term: str, default: np.ndarray[Any, Any], declared: Sequence[int | str] | None
+    ) -> ir.Value:
+        """Return the input of a term with one axis."""
+        inputs = self.sites[site]
+        if term not in inputs:
+            inputs[term] = self.add_input(f"{site}.{term}", default, declared)
+        return inputs[term]
 
     def _low_rank_inputs(
         self, site: str, module: TargetModule, inputs: dict[str, ir.Value], *, varies: bool, rowwise: bool
@@ -201,6 +212,42 @@ class _Lowering:
         self.graph.inputs.append(value)
         self.graph.register_initializer(value)
         return value
+
+
+_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "MatMulNBits")
+_AROUND_A_PRODUCT = ("Add", "Reshape", "Identity")
+
+
+def _of_scaled(nodes: list[ir.Node], y: ir.Value, x: ir.Value, scaled: ir.Value, site: str) -> ir.Value:
+    """Return what the module `site` gives for `scaled` in place of its input `x`; its nodes, made again, go to `nodes`.
+
+    The first ones are what others may still read; `_drop_unused` takes them where nothing does.
+    """
+    copies: list[ir.Node] = []
+    result = _again(y, x, scaled, copies)
+    if result is None or all(node.op_type not in _PRODUCTS for node in copies):
+        raise ExportError(
+            f"an adapter scales the input of {site}, but the graph has no product between that and its output",
+            hint="export with --merge, and report the architecture",
+        )
+    nodes += copies
+    return result
+
+
+def _again(value: ir.Value | None, x: ir.Value, scaled: ir.Value, copies: list[ir.Node]) -> ir.Value | None:
+    """Return a module's `value` computed from `scaled` in place of `x`, None if it is not computed from `x`."""
+    if value is x:
+        return scaled
+    node = None if value is None else value.producer()
+    if node is None or node.op_type not in (*_PRODUCTS, *_AROUND_A_PRODUCT):
+        return None
+    data = len(node.inputs) if node.op_type == "Add" else 1
+    new = [_again(given, x, scaled, copies) for given in node.inputs[:data]]
+    if all(given is None for given in new):
+        return None
+    inputs = [old if given is None else given for given, old in zip(new, node.inputs, strict=False)]
+    copies.append(ir.Node(node.domain, node.op_type, [*inputs, *node.inputs[data:]], node.attributes.values()))
+    return copies[-1].outputs[0]
 
 
 def _low_rank_shapes(module: TargetModule) -> tuple[list[int | str], list[int | str]]:

@@ -59,6 +59,7 @@ def pack(
     modules: Mapping[str, TargetModule],
     *,
     flexible: Iterable[str] = (),
+    apart: Iterable[str] = (),
 ) -> Packed:
     """Write `graph` under `folder`/graph for the given adapters and return the slot table.
 
@@ -68,6 +69,7 @@ def pack(
         adapters: those of the bundle; none for a merged bundle, which then gets no slots graph.
         modules: the base's modules.
         flexible: replaced parameters whose axis 0 may differ between adapters (class counts).
+        apart: modules whose product stays one of its own, as it does where an adapter scales a module's input.
 
     Raises:
         ExportError: if a site or parameter of an adapter is in no graph.
@@ -76,6 +78,7 @@ def pack(
     beside, further = _beside(adapters), _further(adapters)
     replaced = {name for adapter in adapters for name in adapter.replaced}
     flexible = set(flexible)
+    apart = {*apart, *(site for site, terms in wanted.items() if "input_gain" in terms)}
     target = folder / "graph"
     target.mkdir(parents=True, exist_ok=True)
     files: dict[str, GraphRecord] = {}
@@ -86,7 +89,7 @@ def pack(
         for role, model in graph.models.items():
             inputs = tuple(str(value.name) for value in model.graph.inputs)
             outputs = tuple(str(value.name) for value in model.graph.outputs)
-            join_products(model)
+            join_products(model, apart)
             slots_model = model.clone() if adapters else None
             lower(model, {}, set(), set(), modules)
             _save(model, target / f"{role}.plain.onnx", store)
@@ -149,12 +152,11 @@ def _put_cache_scales(graph: Graph, store: _Store) -> int | None:
 
 
 def _wanted(adapters: Sequence[ResolvedAdapter]) -> dict[str, frozenset[str]]:
-    """Return the terms that any adapter uses, per site: subsets of {"a", "b", "gain", "offset"}."""
+    """Return the terms that any adapter uses, per site (names of `SiteUpdate`)."""
     terms: dict[str, set[str]] = {}
     for adapter in adapters:
         for site, update in adapter.sites.items():
-            used = {term for term in ("a", "b", "gain", "offset") if getattr(update, term) is not None}
-            terms.setdefault(site, set()).update(used)
+            terms.setdefault(site, set()).update(update.terms)
     return {site: frozenset(used) for site, used in terms.items() if used}
 
 
@@ -207,7 +209,7 @@ def _slot(roles: list[str], terms: frozenset[str], module: TargetModule) -> Slot
 
 
 def _inputs(path: str, terms: frozenset[str]) -> dict[str, str]:
-    names = {"a": "lora_A", "b": "lora_B", "gain": "gain", "offset": "offset"}
+    names = {"a": "lora_A", "b": "lora_B", "gain": "gain", "offset": "offset", "input_gain": "input_gain"}
     return {term: f"{path}.{name}" for term, name in names.items() if term in terms}
 
 

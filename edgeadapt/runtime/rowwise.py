@@ -1,7 +1,8 @@
 """One adapter per row of a batch, in one run of the slots graph.
 
 A slot's inputs feed plain products, and these broadcast: A float32[rows, in, rank] and B float32[rows, rank, out] give
-every row its own low-rank term, a gain or offset float32[rows, 1, out] its own channels. Ranks are filled up with
+every row its own low-rank term, a gain or offset float32[rows, 1, out] its own channels, an input gain
+float32[rows, 1, in] its own inputs. Ranks are filled up with
 zeros. Tables that are looked up (embeddings), kernels of convolutions and replaced parameters do not broadcast; the
 graph says which inputs do by declaring no shape for them.
 """
@@ -40,7 +41,8 @@ class RowAdapters:
     def __init__(self, rows: int, manifest: Manifest) -> None:
         self.keys: list[AdapterKey | None] = [None] * rows
         places: tuple[Slot | Joined, ...] = (*manifest.slots, *manifest.joined)
-        self._gains = {place.inputs["gain"] for place in places if "gain" in place.inputs}
+        terms = ("gain", "input_gain")
+        self._gains = {place.inputs[term] for place in places for term in terms if term in place.inputs}
         self._stacked: dict[str, Tensor] = {}
         self._set: list[set[str]] = [set() for _ in range(rows)]  # names that are not neutral, by row
         self._views: dict[tuple[int, int], dict[str, Tensor | Rows]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from peft import LoHaConfig, LoraConfig
+from peft import IA3Config, LoHaConfig, LoraConfig
 
 from edgeadapt import convert_adapter
 from edgeadapt.adapters import read_adapters
@@ -114,8 +114,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "llama",
         {"use_dora": True, "target_modules": ["q_proj"]},
         (
-            "adapter 'mine' has outputs that are scaled (DoRA, IA3 and the like), which a LoRA file of llama.cpp "
-            f"cannot hold: '{BLOCK}.self_attn.q_proj', 'model.layers.1.self_attn.q_proj'"
+            "adapter 'mine' has outputs or inputs that are scaled (DoRA, IA3 and the like), which a LoRA file of "
+            f"llama.cpp cannot hold: '{BLOCK}.self_attn.q_proj', 'model.layers.1.self_attn.q_proj'"
         ),
         INSTEAD,
     ),
@@ -175,6 +175,17 @@ def test_what_llama_cpp_cannot_hold(name: str, tiny: Callable[[str], Tiny], tmp_
     assert (caught.value.message, caught.value.hint) == (message.format(base=folder.name), hint)
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     assert {file: file.read_bytes() for file in source.iterdir()} == before
+
+
+def test_scaled_inputs_alone_are_refused_too(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+    config = IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False)
+    source = save_adapter(base_model("llama", tiny("llama").base), config, tmp_path / "mine")
+    with pytest.raises(AdapterError) as caught:
+        convert_adapter(source, tiny("llama").base, tmp_path / "mine.gguf", to="gguf")
+    assert caught.value.message == (
+        "adapter 'mine' has outputs or inputs that are scaled (DoRA, IA3 and the like), which a LoRA file of llama.cpp "
+        f"cannot hold: '{BLOCK}.mlp.down_proj', 'model.layers.1.mlp.down_proj'"
+    )
 
 
 def test_a_number_too_large_for_halves(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_joined_products_give_the_same_numbers(
     bundles = []
     for joined in (True, False):
         if not joined:
-            monkeypatch.setattr(pack, "join_products", lambda _: None)
+            monkeypatch.setattr(pack, "join_products", lambda *_: None)
         recipe = Recipe(
             adapters=tuple(model.adapters),
             base=str(model.base),

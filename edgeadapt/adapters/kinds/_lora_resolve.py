@@ -325,4 +325,4 @@ def _site(work: _Work, path: str) -> SiteUpdate:
 
 
 def _acts(site: SiteUpdate) -> bool:
-    return any(term is not None for term in (site.a, site.b, site.gain, site.offset))
+    return bool(site.terms)

@@ -18,7 +18,9 @@ from edgeadapt.errors import AdapterError
 TERMS: frozenset[str] = frozenset()
 _LOW = "a low-rank term beside each module"
 _FULL = "its change has full rank: at each token it costs as much as the base's own layer, until it is merged"
-_GAIN = "a gain per output; where it scales inputs (feed-forward modules) a term as large as the base's own layer"
+_GAIN = (
+    "a gain per output, or per input (feed-forward modules); at a convolution's inputs a term as large as the base's"
+)
 _BIAS = "an offset per output"
 _ROWS = "a term for the changed rows of the embedding"
 _WHOLE = "its parameters in place of the base's"

@@ -124,14 +124,14 @@ def _value(value: str | float) -> bytes:
 
 def _check_plain(resolved: ResolvedAdapter) -> None:
     """Refuse what is no low-rank term; llama.cpp's files of adapters hold nothing else."""
-    scaled = [path for path, update in resolved.sites.items() if update.gain is not None]
+    scaled = [path for path, update in resolved.sites.items() if update.terms.keys() & {"gain", "input_gain"}]
     moved = [path for path, update in resolved.sites.items() if update.offset is not None]
     beside = [item.site for item in resolved.bottlenecks] + [item.site for item in resolved.branches]
     found = {
         "virtual tokens before each text": ["its prefix"] if resolved.prefix is not None else [],
         "networks of its own beside modules (bottlenecks and the like)": beside,
         "parameters trained whole (modules_to_save)": sorted(resolved.replaced),
-        "outputs that are scaled (DoRA, IA3 and the like)": scaled,
+        "outputs or inputs that are scaled (DoRA, IA3 and the like)": scaled,
         "biases": moved,
     }
     for what, places in found.items():

@@ -41,6 +41,8 @@ def applied(kind: str, weight: np.ndarray, bias: np.ndarray | None, update: Site
             change = np.einsum("or,rikl->oikl", b[:, :, 0, 0], a)
         else:
             change = (a @ b).T if kind == "linear" else a @ b
+    if update.input_gain is not None:
+        weight = weight * (update.input_gain.astype(np.float64) if kind == "linear" else update.input_gain[:, None])
     gain = np.ones(1) if update.gain is None else update.gain.astype(np.float64)
     rows = gain.reshape(-1, *[1] * (weight.ndim - 1)) if kind in ("linear", "conv2d") else gain
     old = 0.0 if bias is None else bias
@@ -85,6 +87,26 @@ def test_scaled_outputs_are_a_gain(kind: str, *, with_bias: bool) -> None:
     assert update.offset is None
     unscaled_bias = check("linear", normal(4, 6), normal(4), Effective(normal(4, 6), normal(4)))
     assert unscaled_bias.offset is not None
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_scaled_inputs_are_an_input_gain(kind: str) -> None:
+    """IA3 at feed-forward modules; a bias of its own beside it, and a gain of all as one of the outputs."""
+    weight, bias = normal(*SHAPES[kind]), normal(40)
+    gain = normal(60)
+    scaled = weight * (gain if kind == "linear" else gain[:, None])
+    update = check(kind, weight, bias, Effective(scaled, bias))
+    assert list(update.terms) == ["input_gain"]
+    assert dense_sites(ResolvedAdapter("a", "k", {"m": update}, {})) == []
+    assert list(check(kind, weight, bias, Effective(scaled, normal(40))).terms) == ["offset", "input_gain"]
+    assert list(check(kind, weight, None, Effective(weight * np.float32(1.5))).terms) == ["gain"]
+
+
+@pytest.mark.parametrize("kind", ["conv2d", "embedding"])
+def test_other_modules_have_no_input_gain(kind: str) -> None:
+    weight = normal(*SHAPES[kind])
+    gain = normal(len(weight))[:, None] if kind == "embedding" else normal(12)[:, None, None]
+    assert check(kind, weight, None, Effective(weight * gain)).rank > 0
 
 
 @pytest.mark.parametrize("kind", SHAPES)

@@ -92,12 +92,14 @@ def test_price_decides_ranks_then_sites_and_gains_stay():
         "weak": weak,
         "scaled": SiteUpdate(a=weak.a, b=weak.b, gain=gain),
         "only": SiteUpdate(gain=gain),
+        "fed": SiteUpdate(a=weak.a, b=weak.b, input_gain=np.full(6, 2.0, np.float32)),
     }
     adapter = ResolvedAdapter("a", "lora", sites, {"head": np.ones(3, np.float32)})
     important = Sensitivity(np.diag([1000.0, 400.0, 200.0, 1.0]), np.eye(RANK))
     negligible = Sensitivity(np.eye(RANK) * 1e-3, np.eye(RANK))
     spectra = {
         "strong": spectrum(strong, important), "weak": spectrum(weak, negligible), "scaled": spectrum(weak, negligible),
+        "fed": spectrum(weak, negligible),
     }  # fmt: skip
     kl = spectra["strong"].kl
     assert pruned(adapter, spectra, 0.0).sites == sites
@@ -105,12 +107,13 @@ def test_price_decides_ranks_then_sites_and_gains_stay():
     assert spectra["weak"].kl.sum() < price * SITE_COST < kl[:3].sum()
     assert pruned(adapter, spectra, price).sites["strong"].rank == 3
     some = pruned(adapter, spectra, price)
-    assert some.sites.keys() == {"strong", "scaled", "only"}
+    assert some.sites.keys() == {"strong", "scaled", "only", "fed"}
+    assert list(some.sites["fed"].terms) == ["input_gain"]
     assert some.sites["scaled"].a is None
     assert some.sites["scaled"].gain is gain
     assert some.replaced is adapter.replaced
     none = pruned(adapter, spectra, 1e9)
-    assert none.sites.keys() == {"scaled", "only"}
+    assert none.sites.keys() == {"scaled", "only", "fed"}
     lost = sum(item.kl.sum() for item in spectra.values())
     assert expected_kl(spectra, 1e9) == pytest.approx(lost)
     assert expected_kl(spectra, 0.0) == 0.0

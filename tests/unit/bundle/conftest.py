@@ -35,9 +35,8 @@ MODULES = {
 
 
 def _slot(site: str, *terms: str) -> Slot:
-    names = {"a": "lora_A", "b": "lora_B", "gain": "gain", "offset": "offset"}
     module = MODULES[site]
-    inputs = {term: f"{site}.{names[term]}" for term in terms}
+    inputs = {term: f"{site}.{ {'a': 'lora_A', 'b': 'lora_B'}.get(term, term) }" for term in terms}
     return Slot(site, ("model",), module.type, module.in_features, module.out_features, inputs)
 
 
@@ -57,7 +56,7 @@ def manifest() -> Manifest:
         graphs={"model": GraphRecord("graph/model.plain.onnx", "graph/model.slots.onnx", ("input_ids",), ("logits",))},
         slots=(
             _slot("layer.q", "a", "b", "gain", "offset"),
-            _slot("layer.c", "a", "b"),
+            _slot("layer.c", "a", "b", "input_gain"),
             _slot("layer.conv", "a", "b", "gain"),
             _slot("embed", "a", "b"),
             _slot("norm", "gain", "offset"),
@@ -90,7 +89,7 @@ def make_adapter() -> Callable[..., ResolvedAdapter]:
 
         sites = {
             "layer.q": SiteUpdate(array(4, rank), array(rank, 6), array(6), array(6)),
-            "layer.c": SiteUpdate(array(4, rank + 1), array(rank + 1, 5)),
+            "layer.c": SiteUpdate(array(4, rank + 1), array(rank + 1, 5), input_gain=array(4)),
             "layer.conv": SiteUpdate(array(rank, 2, 3, 3), array(8, rank, 1, 1), array(8)),
             "embed": SiteUpdate(array(10, rank), array(rank, 4)),
             "norm": SiteUpdate(gain=array(4), offset=array(4)),

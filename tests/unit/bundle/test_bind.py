@@ -63,8 +63,26 @@ def test_every_kind_of_slot_there_and_back(manifest, make_adapter):
         (
             {"layer.c": SiteUpdate(ones(4, 1), ones(1, 5), gain=ones(5))},
             {},
-            "adapter 'x' needs a gain at module 'layer.c', but this bundle's slot takes only a, b",
+            "adapter 'x' needs a gain at module 'layer.c', but this bundle's slot takes only a, b, input_gain",
             EXPORT,
+        ),
+        (
+            {"layer.q": SiteUpdate(input_gain=ones(4))},
+            {},
+            "adapter 'x' needs an input_gain at module 'layer.q', but this bundle's slot takes only a, b, gain, offset",
+            EXPORT,
+        ),
+        (
+            {"layer.c": SiteUpdate(input_gain=ones(5))},
+            {},
+            "adapter 'x': input_gain of module 'layer.c' has the shape [5], this base needs [4]",
+            FIT,
+        ),
+        (
+            {"layer.conv": SiteUpdate(input_gain=ones(2))},
+            {},
+            "adapter 'x' has an input_gain at module 'layer.conv' of type 'conv2d'",
+            FIT,
         ),
         ({"layer.q": SiteUpdate()}, {}, "adapter 'x' names module 'layer.q' but changes nothing there", FIT),
         (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,10 +16,11 @@ SHAPES = "'classifier.weight' has different shapes in what is blended: [2, 4] an
 WEIGHTS = st.floats(-2, 2).map(lambda value: round(value, 3))
 
 
-def site_output(slot, inputs, x, y):
+def site_output(slot, inputs, x, base):
     """Compute what the graph computes at one slot, in float64."""
     get = {term: inputs[name].astype(np.float64) for term, name in slot.inputs.items() if name in inputs}
     axis = (slice(None), None, None) if slot.type == "conv2d" else (slice(None),)
+    y = base(x * get["input_gain"]) if "input_gain" in get else base(x)
     if "a" in get:
         if slot.type == "embedding":
             y = y + get["a"][x] @ get["b"]
@@ -30,11 +33,15 @@ def site_output(slot, inputs, x, y):
 
 
 def sample(slot, random):
+    """Return an input of the module, and the module."""
     if slot.type == "embedding":
-        return random.integers(0, slot.in_features, 7), random.normal(size=(7, 4))
+        rows = random.normal(size=(7, 4))
+        return random.integers(0, slot.in_features, 7), lambda _: rows
     if slot.type == "conv2d":
-        return random.normal(size=(2, 3, 3)), random.normal(size=(8, 1, 1))
-    return random.normal(size=(7, slot.in_features)), random.normal(size=(7, slot.out_features))
+        channels = random.normal(size=(8, 1, 1))
+        return random.normal(size=(2, 3, 3)), lambda _: channels
+    weight, bias = random.normal(size=(slot.in_features, slot.out_features)), random.normal(size=slot.out_features)
+    return random.normal(size=(7, slot.in_features)), lambda x: x @ weight + bias
 
 
 @given(st.lists(WEIGHTS, min_size=1, max_size=4), st.integers(0, 100))
@@ -45,9 +52,9 @@ def test_a_blend_is_the_weighted_sum_of_differences(manifest, make_adapter, weig
     defaults = {name: random.normal(size=parts[0][1][name].shape) for name in ("classifier.weight", "classifier.bias")}
     blended = blend(parts, manifest, defaults)
     for slot in manifest.slots:
-        x, y = sample(slot, random)
-        expected = y + sum(weight * (site_output(slot, inputs, x, y) - y) for weight, inputs in parts)
-        measured = site_output(slot, blended, x, y)
+        x, base = sample(slot, random)
+        expected = base(x) + sum(weight * (site_output(slot, inputs, x, base) - base(x)) for weight, inputs in parts)
+        measured = site_output(slot, blended, x, base)
         gain = blended.get(slot.inputs.get("gain", ""), np.ones(1))
         scale = np.abs(expected).max() / min(1, np.abs(gain).min())
         np.testing.assert_allclose(measured, expected, atol=2e-5 * scale, err_msg=slot.site)
@@ -101,6 +108,28 @@ def head(manifest, labels):
 def gained(manifest, gain):
     update = SiteUpdate(np.ones((4, 1)), np.ones((1, 6)), gain=np.full(6, gain))
     return bind(ResolvedAdapter("g", "lora", {"layer.q": update}, {}), manifest)
+
+
+BOTH = (
+    "one adapter of the blend scales the inputs of module 'layer.q' (input_gain) and one, the same or another, its "
+    "outputs (gain): their weighted sum is neither"
+)
+
+
+@pytest.mark.parametrize("weights", [(0.5,), (0.5, 0.5), (1.0, 1.0)])
+def test_gains_of_inputs_and_of_outputs_do_not_add(manifest, weights):
+    """Whether they are of one adapter or of two; one of weight 1 is itself."""
+    slot = manifest.slots[0]
+    names = {"gain": "layer.q.gain", "input_gain": "layer.q.input_gain"}
+    manifest = dataclasses.replace(manifest, slots=(dataclasses.replace(slot, inputs=slot.inputs | names),))
+    gains = [{names["gain"]: np.full(6, 2.0)}, {names["input_gain"]: np.full(4, 3.0)}]
+    parts = gains if len(weights) == 2 else [gains[0] | gains[1]]
+    with pytest.raises(BundleError) as caught:
+        blend(list(zip(weights, parts, strict=True)), manifest)
+    assert (caught.value.message, caught.value.hint) == (BOTH, "use one of them alone, with weight 1")
+    assert blend([(1.0, gains[0] | gains[1]), (0.0, gains[0])], manifest).keys() == set(names.values())
+    alone = blend([(0.5, gains[1]), (0.25, gains[1])], manifest)
+    np.testing.assert_array_equal(alone[names["input_gain"]], np.full(4, 2.5, np.float32))
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,15 @@ def test_settings_that_mean_nothing(arguments, message):
     ("extra", "weight", "method", "message"),
     [
         (
+            "layer.c.input_gain",
+            1.0,
+            "linear",
+            (
+                "adapter 'one' sets 'layer.c.input_gain' at 'layer.c', and linear is defined for low-rank changes of "
+                "weights only\nHint: use one of cat, task_arithmetic, svd, which sum everything that an adapter sets"
+            ),
+        ),
+        (
             "layer.q.gain",
             1.0,
             "ties",

@@ -96,7 +96,14 @@ def _slot(manifest, **changes):
         (lambda m: _slot(m, graphs=()), "f: slot 'layer.q' is in no graph"),
         (lambda m: _slot(m, graphs=("decoder",)), "f: slot 'layer.q' names graph 'decoder', which has no slots"),
         (lambda m: _slot(m, inputs={"a": "x"}), "f: slot 'layer.q' has the terms ['a']: a and b go together"),
-        (lambda m: _slot(m, inputs={"c": "x"}), "f: term of slot 'layer.q' is 'c', must be one of a, b, gain, offset"),
+        (
+            lambda m: _slot(m, inputs={"c": "x"}),
+            "f: term of slot 'layer.q' is 'c', must be one of a, b, gain, offset, input_gain",
+        ),
+        (
+            lambda m: _slot(m, type="conv2d", inputs={"input_gain": "x"}),
+            "f: slot 'layer.q' is of type 'conv2d', which has no input_gain",
+        ),
         (lambda m: _slot(m, inputs={"gain": "norm.gain"}), "f: adapter input 'norm.gain' occurs twice"),
         (
             lambda m: _slot(m, inputs={"gain": "input_ids"}),

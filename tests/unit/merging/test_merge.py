@@ -178,6 +178,25 @@ def test_a_norm_takes_a_gain(name, path, shape, base_of):
     torch.testing.assert_close(merged.module.get_submodule(path)(x), want)
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "sizes"),
+    [("llama", "model.layers.1.mlp.down_proj", (48, 32)), ("gpt2", "transformer.h.1.mlp.c_proj", (128, 32))],
+)
+def test_a_gain_of_the_inputs_is_folded(name, path, sizes, base_of):
+    """The low-rank term beside it reads the inputs as they are."""
+    base, rng = base_of(name), np.random.default_rng(0)
+    inputs, outputs = sizes
+    update = SiteUpdate(
+        *(rng.standard_normal(shape).astype(np.float32) for shape in ((inputs, 2), (2, outputs), outputs, outputs)),
+        input_gain=np.linspace(0.5, 2, inputs, dtype=np.float32),
+    )
+    x = torch.randn(4, inputs)
+    merged = merge(base, ResolvedAdapter("x", "ia3", {path: update}, {}))
+    a, b, gain, offset, input_gain = (torch.from_numpy(value) for value in update.terms.values())
+    want = (base.module.get_submodule(path)(x * input_gain) + x @ a @ b) * gain + offset
+    torch.testing.assert_close(merged.module.get_submodule(path)(x), want, rtol=1e-5, atol=1e-4)
+
+
 def test_an_embedding_takes_gain_and_offset(base_of):
     base = base_of("llama")
     gain, offset = np.linspace(0.5, 2, 32, dtype=np.float32), np.linspace(-1, 1, 32, dtype=np.float32)
@@ -249,6 +268,9 @@ def test_refusals(base_of):
     assert message(llama, {path: huge}) == (
         "merging adapter 'calm' makes model.layers.0.self_attn.q_proj.weight infinite or NaN\n"
         "Hint: the adapter is damaged"
+    )
+    assert message(llama, {"model.embed_tokens": SiteUpdate(input_gain=np.ones(32, np.float32))}).startswith(
+        "an input gain of shape (32,) do not fit model.embed_tokens, a embedding module with weight "
     )
     grouped = SiteUpdate(a=np.ones((4, 3, 3, 3), np.float32), b=np.ones((12, 4, 1, 1), np.float32))
     assert message(net, {"depth": grouped}) == (

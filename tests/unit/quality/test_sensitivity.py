@@ -11,12 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
 from edgeadapt.adapters.prune import spectrum
 from edgeadapt.adapters.read import read_adapters
 from edgeadapt.adapters.resolve import resolve
 from edgeadapt.errors import ExportError
 from edgeadapt.export.sensitivity import collect_sensitivity
 from edgeadapt.merging.load import base_from_module
+from edgeadapt.merging.merge import merge
 from edgeadapt.quality.compare import kl_divergence
 
 
@@ -107,6 +109,20 @@ def test_moments_are_those_of_the_adapted_model_and_nothing_is_left_behind(tmp_p
     assert not any(module._forward_hooks for module in base.module.modules())
     again = collect_sensitivity(base, adapter, cases)
     np.testing.assert_array_equal(found[path].gradients, again[path].gradients)
+
+
+def test_a_gain_of_the_inputs_is_in_place(tmp_path):
+    """As in a base whose weight is scaled so, but for the low-rank term, which reads the inputs as they are."""
+    base, adapter, cases = _case(_llama(), ["q_proj", "down_proj"], tmp_path)
+    path = "model.layers.1.mlp.down_proj"
+    gain = np.linspace(0.2, 3, 24, dtype=np.float32)
+    scaled = {**adapter.sites, path: dataclasses.replace(adapter.sites[path], input_gain=gain)}
+    found = collect_sensitivity(base, dataclasses.replace(adapter, sites=scaled), cases)
+    other = merge(base, ResolvedAdapter("gain", "ia3", {path: SiteUpdate(input_gain=gain)}, {}))
+    expected, without = collect_sensitivity(other, adapter, cases), collect_sensitivity(base, adapter, cases)
+    for site in adapter.sites:
+        np.testing.assert_allclose(found[site].gradients, expected[site].gradients, rtol=1e-3, atol=1e-8)
+    assert not np.allclose(found[path].gradients, without[path].gradients, rtol=1e-2)
 
 
 def test_embeddings_and_convolutions_have_ranks_too(tmp_path):

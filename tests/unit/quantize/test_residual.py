@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from edgeadapt.bundle.residual import with_residual
 from edgeadapt.quantize.gptq import DAMPING
 from edgeadapt.quantize.residual import low_rank
+from edgeadapt.slots import Slot
 
 RNG = np.random.default_rng(4)
 ERROR = RNG.standard_normal((24, 40)).astype(np.float32)
@@ -37,6 +40,19 @@ def test_the_whole_rank_is_the_whole_error() -> None:
 def test_the_same_arguments_give_the_same_bits() -> None:
     first, again = low_rank(ERROR, MOMENT, 6), low_rank(ERROR.copy(), MOMENT.copy(), 6)
     assert [x.tobytes() for x in first] == [x.tobytes() for x in again]
+
+
+def test_a_residual_is_scaled_with_the_weight_that_it_is_of() -> None:
+    names = {"a": "l.A", "b": "l.B", "input_gain": "l.g"}
+    manifest = SimpleNamespace(slots=(Slot("l", ("model",), "linear", 3, 2, names),))
+    residual = {"l.A": np.ones((3, 1), np.float32), "l.B": np.ones((1, 2), np.float32)}
+    gain = np.array([1.0, 2.0, 3.0], np.float32)
+    own = {"l.A": np.zeros((3, 2), np.float32), "l.B": np.zeros((2, 2), np.float32)}
+    found = with_residual({"l.g": gain}, residual, manifest)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found["l.A"], gain[:, None])
+    found = with_residual({"l.g": gain, **own}, residual, manifest)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found["l.A"], np.column_stack([own["l.A"], gain]))
+    np.testing.assert_array_equal(found["l.B"], np.vstack([own["l.B"], residual["l.B"]]))
 
 
 def test_a_prefix_alone_stays_alone() -> None:

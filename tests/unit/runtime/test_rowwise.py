@@ -13,7 +13,9 @@ from edgeadapt.runtime.rowwise import RowAdapters, obstacle
 from edgeadapt.slots import BottleneckSlot, Joined, ParameterSlot, Slot
 
 SLOTS = (
-    Slot("l", ("decoder",), "linear", 5, 4, {"a": "l.A", "b": "l.B", "gain": "l.g", "offset": "l.o"}),
+    Slot(
+        "l", ("decoder",), "linear", 5, 4, {"a": "l.A", "b": "l.B", "gain": "l.g", "offset": "l.o", "input_gain": "l.i"}
+    ),
     Slot("e", ("decoder",), "embedding", 9, 4, {"a": "e.A", "b": "e.B"}),
     Slot("k", ("decoder",), "conv2d", 3, 4, {"a": "k.A", "b": "k.B"}),
 )
@@ -26,16 +28,20 @@ MANIFEST = SimpleNamespace(
 )
 
 
-def _adapter(seed, rank, names="ABgo"):
+def _adapter(seed, rank, names="ABgoi"):
     rng = np.random.default_rng(seed)
     values = {"A": rng.normal(size=(5, rank)), "B": rng.normal(size=(rank, 4))}
-    values |= {"g": rng.normal(size=4), "o": rng.normal(size=4)}
+    values |= {"g": rng.normal(size=4), "o": rng.normal(size=4), "i": rng.normal(size=5)}
     return {f"l.{name}": values[name].astype(np.float32) for name in names}
 
 
+WEIGHT = np.random.default_rng(9).normal(size=(5, 4))
+
+
 def _slot(x, y, adapter):
-    """y' = (y + (x A) B) * gain + offset for x float[..., seq, 5], y float[..., seq, 4]."""
+    """y' = ((x * input_gain) W + y + (x A) B) * gain + offset for x float[..., seq, 5], y float[..., seq, 4]."""
     low_rank = (x @ adapter["l.A"]) @ adapter["l.B"] if "l.A" in adapter else 0
+    y = (x * adapter.get("l.i", 1)) @ WEIGHT + y
     return (y + low_rank) * adapter.get("l.g", 1) + adapter.get("l.o", 0)
 
 
@@ -47,6 +53,7 @@ def test_any_order_of_adapters_on_rows_gives_each_row_its_own():
         "gain": _adapter(3, 1, "g"),
         "base": {},
         "offset": _adapter(4, 3, "ABo"),
+        "input_gain": _adapter(5, 1, "i"),
     }
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(3, 7, 5)), rng.normal(size=(3, 7, 4))
@@ -88,6 +95,7 @@ def test_room_for_several_is_made_at_once():
         "l.A": (3, 5, 6),
         "l.B": (3, 6, 4),
         "l.g": (3, 1, 4),
+        "l.i": (3, 1, 5),
         "l.o": (3, 1, 4),
     }
 
