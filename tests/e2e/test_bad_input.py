@@ -124,8 +124,9 @@ def test_a_base_of_another_size(refused: Refused, llama: Tiny, tmp_path: Path) -
         "warning: unstamped: no base_fingerprint.json: only the base's module names and shapes can be checked\n"
         f"warning: unstamped: revision is null: any revision of base '{llama.base}' loads alike\n"
     ) + said(
-        "adapter 'unstamped': tensor 'base_model.model.model.layers.0.mlp.down_proj.lora_B.weight' has shape [64, 4], "
-        "but module 'model.layers.0.mlp.down_proj' of base 'wide' (a Linear with weight [96, 96]) needs [96, 4]; the "
+        "adapter 'unstamped': tensor 'base_model.model.model.layers.0.mlp.down_proj.lora_B.weight' in "
+        f"{tmp_path / 'unstamped' / 'adapter_model.safetensors'} has shape [64, 4], but module "
+        "'model.layers.0.mlp.down_proj' of base 'wide' (a Linear with weight [96, 96]) needs [96, 4]; the "
         f"adapter was trained on base '{llama.base}', this is base 'wide'",
         RIGHT_BASE,
     )

@@ -162,7 +162,7 @@ def _check_shapes(work: _Work, module: TargetModule, a: TensorRef, b: TensorRef)
     for tensor, shape in zip((a, b), wanted, strict=True):
         if tensor.shape != shape:
             raise AdapterError(
-                f"tensor {tensor.key!r} has shape {list(tensor.shape)}, but module {module.path!r} of "
+                f"tensor {tensor.key!r} in {tensor.file} has shape {list(tensor.shape)}, but module {module.path!r} of "
                 f"{base_label(work.base_name)} (a {module.class_name} with weight {list(module.weight_shape)}) needs "
                 f"{list(shape)}; {work.both_bases()}",
                 hint=_RIGHT_BASE,
@@ -188,7 +188,7 @@ def _vector(work: _Work, module: TargetModule, tensor: TensorRef | None) -> Arra
     wanted = expected_shapes(module, module.groups)[1][0] if module.type in _LAYERS else module.out_features
     if int(np.prod(tensor.shape)) != wanted:
         raise AdapterError(
-            f"tensor {tensor.key!r} has shape {list(tensor.shape)}, but module {module.path!r} of "
+            f"tensor {tensor.key!r} in {tensor.file} has shape {list(tensor.shape)}, but module {module.path!r} of "
             f"{base_label(work.base_name)} has {wanted} output features; {work.both_bases()}",
             hint=_RIGHT_BASE,
         )
@@ -227,7 +227,7 @@ def _replacement(work: _Work, module: TargetModule, part: str, tensor: TensorRef
         grown = _is_vocabulary(work, module) and tensor.shape[0] > wanted[0] and tensor.shape[1:] == wanted[1:]
         added = f" (it was trained with {tensor.shape[0] - wanted[0]} tokens more)" if grown else ""
         raise AdapterError(
-            f"tensor {tensor.key!r} has shape {list(tensor.shape)}, but '{module.path}.{part}' of "
+            f"tensor {tensor.key!r} in {tensor.file} has shape {list(tensor.shape)}, but '{module.path}.{part}' of "
             f"{base_label(work.base_name)} has {list(wanted)}{added}; {work.both_bases()}",
             hint="resize the base's embeddings as in training and save it as a base" if grown else _RIGHT_BASE,
         )

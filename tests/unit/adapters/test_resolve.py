@@ -173,8 +173,9 @@ def test_a_base_of_another_width(folder: Path, modules: dict[str, TargetModule])
     wide = {path: replace(module, weight_shape=(32, 32)) for path, module in modules.items()}
     assert refusal(folder, wide) == (
         (
-            f"tensor 'base_model.model.{Q0}.lora_A.weight' has shape [2, 16], but module {Q0!r} of base 'tiny' (a "
-            "Linear with weight [32, 32]) needs [2, 32]; the adapter was trained on base 'org/base' at revision abc, "
+            f"tensor 'base_model.model.{Q0}.lora_A.weight' in {folder / 'adapter_model.safetensors'} has shape "
+            f"[2, 16], but module {Q0!r} of base 'tiny' (a Linear with weight [32, 32]) "
+            "needs [2, 32]; the adapter was trained on base 'org/base' at revision abc, "
             "this is base 'tiny'"
         ),
         RIGHT_BASE,
@@ -287,7 +288,8 @@ def test_added_tokens(tmp_path: Path) -> None:
     get_peft_model(model, config).save_pretrained(str(tmp_path / "a"), save_embedding_layers=True)
     message, hint = refusal(tmp_path / "a", target_modules(build("llama")))
     assert message == (
-        "tensor 'base_model.model.lm_head.weight' has shape [33, 16], but 'lm_head.weight' of base 'tiny' has [30, 16] "
+        f"tensor 'base_model.model.lm_head.weight' in {tmp_path / 'a' / 'adapter_model.safetensors'} has shape "
+        "[33, 16], but 'lm_head.weight' of base 'tiny' has [30, 16] "
         f"(it was trained with 3 tokens more); {NO_NAME}"
     )
     assert hint == "resize the base's embeddings as in training and save it as a base"
@@ -460,8 +462,8 @@ def test_a_head_of_another_width(tmp_path: Path) -> None:
     head = replace(modules["classifier"], weight_shape=(3, 32), in_features=32)
     assert refusal(folder, {**modules, "classifier": head}) == (
         (
-            "tensor 'base_model.model.classifier.weight' has shape [3, 16], but 'classifier.weight' of base 'tiny' has "
-            f"[3, 32]; {NO_NAME}"
+            f"tensor 'base_model.model.classifier.weight' in {folder / 'adapter_model.safetensors'} has shape [3, 16], "
+            f"but 'classifier.weight' of base 'tiny' has [3, 32]; {NO_NAME}"
         ),
         RIGHT_BASE,
     )
