@@ -15,8 +15,8 @@ from edgeadapt.export.graph import Graph
 from edgeadapt.export.passes.drop_reshapes import drop_reshapes
 from edgeadapt.export.passes.fuse import fuse
 from edgeadapt.export.passes.gather_positions import gather_positions
-from edgeadapt.export.passes.rotary_rows import rotary_rows
 from edgeadapt.export.passes.lower_helpers import lower_helpers, set_defaults
+from edgeadapt.export.passes.rotary_rows import rotary_rows
 from edgeadapt.export.repeats import find_repeat, shorten, shortened
 from edgeadapt.export.stamp import stamp
 from edgeadapt.export.trace import Trace, markers, trace_to_onnx
