@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import shutil
 import sys
 import tempfile
 import time
@@ -141,6 +142,7 @@ def _measure(model: str, settings: list[Setting]) -> Iterator[dict[str, Any]]:
                 residual=residual,
             )
             seconds = time.perf_counter() - started
+            shutil.rmtree(folder / "bundle", ignore_errors=True)  # another setting's files would be taken along
             draft = write_base(job, quantized, record, folder / "bundle", residual)
             with open_written(job, draft, folder / "bundle", keep_graphs=False) as session:
                 tables = {path.stem: quality_rows(texts, session) for path, texts in held_out.items()}
