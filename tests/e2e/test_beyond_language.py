@@ -374,7 +374,7 @@ def test_a_model_of_two_towers_is_two_graphs_with_one_manifest(tmp_path: Path, p
 
 
 def _tell(parity: Parity, folder: Path, model: str, error: float) -> None:
-    kinds = {"adapterhub": "AdapterHub", "peft": "peft", "edgeadapt": research.SOURCE}
+    kinds = {"adapterhub": "adapters", "peft": "peft", "edgeadapt": research.SOURCE}
     source = kinds[read_adapters(folder)[0].layout]
     parity.add(folder, model, source=source, adapter=folder.name, errors={"swapped": error})
 
