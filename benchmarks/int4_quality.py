@@ -78,6 +78,7 @@ SETTINGS = (
     Setting("residual of rank 8 beside adapters", residual=8),
     Setting("residual of rank 32 beside adapters", residual=32),
     Setting("mixed, a tenth of the way to int8", share=0.1),
+    Setting("a tenth of the way, residual of rank 32", share=0.1, residual=32),
     Setting("mixed, a quarter of the way", share=0.25),
     Setting("mixed, half of the way", share=0.5),
     Setting("mixed, KL 0.02", max_kl=0.02),
