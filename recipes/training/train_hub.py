@@ -4,8 +4,8 @@
     python recipes/training/train_hub.py fusion --parts ONE TWO --base all-MiniLM-L6-v2 -o FOLDER
 
 Houlsby's and Pfeiffer's bottlenecks (`double_seq_bn`, `seq_bn`), or AdapterFusion over two that were trained before,
-for a data set in recipes/data. Deterministic on one machine (seeds, one thread). Writes the adapter, labels.json, and a
-README with the score.
+for a data set in recipes/data. Deterministic on one machine (seeds, one thread). Writes the adapter, labels.json, a
+README with the score, and the base's fingerprint.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import adapters
 import torch
 from adapters.composition import Fuse
-from common import tokenizer_of
+from common import stamp, tokenizer_of
 from train_classifier import BASE_NAME, accuracy, read_rows, train
 
 from edgeadapt.merging.load import load_base_model
@@ -68,6 +68,7 @@ def main() -> None:
     score = accuracy(fresh.eval(), tokenizer, test, labels)
     (args.output / "labels.json").write_text(json.dumps({"labels": labels}, indent=2) + "\n", encoding="utf-8")
     _write_readme(args, labels, len(rows), len(test), score)
+    stamp(args.output, load_base_model(args.base, task="text-classification", num_labels=len(labels)), BASE_NAME)
     print(f"{args.kind}: test accuracy {score:.3f}; last epoch's loss {loss:.4f}; {seconds:.0f} s")
 
 

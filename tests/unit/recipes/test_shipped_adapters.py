@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,31 @@ SHIPPED = {
 }
 
 
-def test_the_list_above_is_the_folder(root: Path) -> None:
-    assert sorted(path.name for path in (root / "recipes" / "adapters").iterdir()) == sorted(SHIPPED)
+# Name -> (kind, parameters without the head)
+OTHERS = {
+    "section-houlsby": ("bottleneck", 447552),
+    "section-pfeiffer": ("bottleneck", 223776),
+    "sql-dora": ("lora", 1376640),
+    "sql-ia3": ("ia3", 57600),
+    "sql-prefix": ("prefix_tuning", 184320),
+}
+
+
+def test_the_lists_above_are_the_folder(root: Path) -> None:
+    assert sorted(path.name for path in (root / "recipes" / "adapters").iterdir()) == sorted({**SHIPPED, **OTHERS})
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_one_of_another_kind_is_read_without_a_warning(root: Path, name: str) -> None:
+    folder = root / "recipes" / "adapters" / name
+    kind, count = OTHERS[name]
+    (adapter,) = read_adapters(folder)
+    heads = sum(math.prod(ref.shape) for key, ref in adapter.tensors.items() if key.startswith("classifier."))
+    assert (adapter.kind, adapter.warnings) == (kind, ())
+    assert sum(math.prod(ref.shape) for ref in adapter.tensors.values()) - heads == count
+    assert adapter.base.fingerprint is not None
+    assert sum(path.stat().st_size for path in folder.iterdir()) < LARGEST_ADAPTER_BYTES
+    assert "%" in (folder / "README.md").read_text(encoding="utf-8")  # the measured score
 
 
 @pytest.mark.parametrize("name", SHIPPED)
