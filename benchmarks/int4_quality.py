@@ -25,20 +25,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import calibration_texts  # noqa: E402
+import calibration_texts
 
-from edgeadapt.adapters.resolve import resolve  # noqa: E402
-from edgeadapt.export.export import export_graph  # noqa: E402
-from edgeadapt.fields import to_mapping  # noqa: E402
-from edgeadapt.pipeline.inputs import load_base, named_adapters, read_samples  # noqa: E402
-from edgeadapt.pipeline.job import Job  # noqa: E402
-from edgeadapt.pipeline.measure import quality_rows  # noqa: E402
-from edgeadapt.pipeline.precision import choose_mix, moments_of, new_residual  # noqa: E402
-from edgeadapt.pipeline.write import open_written, write_base  # noqa: E402
-from edgeadapt.progress import SILENT  # noqa: E402
-from edgeadapt.quality.calibration import built_in  # noqa: E402
-from edgeadapt.quantize.quantize import quantize  # noqa: E402
-from edgeadapt.recipe import Recipe  # noqa: E402
+from edgeadapt.adapters.resolve import resolve
+from edgeadapt.export.export import export_graph
+from edgeadapt.fields import to_mapping
+from edgeadapt.pipeline.inputs import load_base, named_adapters, read_samples
+from edgeadapt.pipeline.job import Job
+from edgeadapt.pipeline.measure import quality_rows
+from edgeadapt.pipeline.precision import choose_mix, moments_of, new_residual
+from edgeadapt.pipeline.write import open_written, write_base
+from edgeadapt.progress import SILENT
+from edgeadapt.quality.calibration import built_in
+from edgeadapt.quantize.quantize import quantize
+from edgeadapt.recipe import Recipe
 
 RESULTS = ROOT / "benchmarks" / "results" / "int4_quality.json"
 TRAINING_SAMPLES, HELD_OUT_SAMPLES, GENERAL_EVERY = 40, 12, 6

@@ -21,20 +21,20 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "recipes" / "training")]
 
-import adapters as hub  # noqa: E402
-import peft  # noqa: E402
-import sql_task  # noqa: E402
-import torch  # noqa: E402
-from against_peft import labels, share_right  # noqa: E402
-from common import tokenizer_of  # noqa: E402
-from train_chat import HELD_OUT_COUNT, exact_match  # noqa: E402
-from train_classifier import accuracy, read_rows  # noqa: E402
+import adapters as hub
+import peft
+import sql_task
+import torch
+from against_peft import labels, share_right
+from common import tokenizer_of
+from train_chat import HELD_OUT_COUNT, exact_match
+from train_classifier import accuracy, read_rows
 
-from edgeadapt.adapters import describe, read_adapters  # noqa: E402
-from edgeadapt.merging.load import load_base_model  # noqa: E402
-from edgeadapt.pipeline import export_bundle  # noqa: E402
-from edgeadapt.recipe import Recipe  # noqa: E402
-from edgeadapt.runtime import open_session  # noqa: E402
+from edgeadapt.adapters import describe, read_adapters
+from edgeadapt.merging.load import load_base_model
+from edgeadapt.pipeline import export_bundle
+from edgeadapt.recipe import Recipe
+from edgeadapt.runtime import open_session
 
 RESULTS = ROOT / "benchmarks" / "results" / "real_adapters.json"
 SHIPPED = ROOT / "recipes" / "adapters"

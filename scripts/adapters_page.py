@@ -16,10 +16,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from edgeadapt import registry  # noqa: E402
-from edgeadapt.adapters.kind import KINDS, known_kinds  # noqa: E402
-from edgeadapt.errors import AdapterError  # noqa: E402
-from tests.parity import FORMS, Row, recorded  # noqa: E402
+from edgeadapt import registry
+from edgeadapt.adapters.kind import KINDS, known_kinds
+from edgeadapt.errors import AdapterError
+from tests.parity import FORMS, Row, recorded
 
 PAGE = ROOT / "docs" / "adapters.md"
 TRAINED = ROOT / "benchmarks" / "results" / "real_adapters.json"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from edgeadapt.addition import add_adapter, remove_adapter, verify_bundle
 from edgeadapt.bundle import RESIDUAL_FILE, open_bundle
 from edgeadapt.errors import BundleError
 from edgeadapt.runtime import open_session
-from tests.e2e.conftest import Exported, Invoke, Tiny
+from tests.e2e.conftest import Exported, Invoke, Tiny, content
 from tests.e2e.reference import case, error, with_peft
 
 GetTiny = Callable[[str], Tiny]
@@ -110,3 +112,18 @@ def test_settings_that_are_refused(
     assert result.exit_code == 1
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_that_does_nothing_is_refused_although_the_residual_does(
+    copied: Exported, tiny: GetTiny, tmp_path: Path
+) -> None:
+    path, model = copied("llama", quantize="int4", residual_rank=8), tiny("llama")
+    idle = Path(shutil.copytree(model.adapters[0], tmp_path / "idle"))
+    file = idle / "adapter_model.safetensors"
+    tensors = {key: np.zeros_like(value) if "lora_B" in key else value for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    before = content(path)
+    with pytest.raises(BundleError) as caught:
+        add_adapter(path, idle)
+    assert str(caught.value).startswith("adapter 'idle' does nothing: its outputs differ from the base's by 0 of the ")
+    assert content(path) == before
