@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from edgeadapt.errors import RecipeError
+from edgeadapt.errors import QuantizeError, RecipeError
 from edgeadapt.pipeline.job import TOKENS_PER_TEXT, Job, arrays_of, cases_of
 from edgeadapt.pipeline.measure import quality_rows
 from edgeadapt.pipeline.write import open_written, write_base
@@ -49,9 +49,9 @@ def quantized(
     """
     from edgeadapt.quantize.quantize import quantize
 
+    residual = new_residual(job)
     moments = moments_of(job)
     raised = choose_mix(job, graph, moments, trials, progress)
-    residual = new_residual(job)
     smaller, record = quantize(
         graph,
         job.recipe.quantize,
@@ -152,12 +152,22 @@ def _with_quantized_cache(job: Job, graph: Graph, session: Session) -> Graph:
 
 
 def new_residual(job: Job) -> Residual | None:
-    """Return what collects the residual of the layers that adapters change by a low rank; None if none is wanted."""
+    """Return what collects the residual of the layers that adapters change by a low rank; None if none is wanted.
+
+    Raises:
+        QuantizeError: if no adapter changes a layer so: there is no slot that could take it.
+    """
     from edgeadapt.quantize.residual import Residual
 
     if job.recipe.residual_rank is None:
         return None
     paths = frozenset(path for adapter in job.swappable for path, site in adapter.sites.items() if site.rank)
+    if not paths:
+        raise QuantizeError(
+            f"residual_rank is {job.recipe.residual_rank}, and no adapter has a low-rank term at any module: there is "
+            "no slot for a residual",
+            hint="leave residual_rank out, or export a LoRA adapter too",
+        )
     return Residual(job.recipe.residual_rank, paths)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +16,8 @@ from edgeadapt.bundle import RESIDUAL_FILE, open_bundle
 from edgeadapt.errors import BundleError
 from edgeadapt.runtime import open_session
 from tests.e2e.conftest import Exported, Invoke, Tiny, content
-from tests.e2e.reference import case, error, with_peft
+from tests.e2e.reference import base_model, case, error, with_peft
+from tests.e2e.tiny import save_adapter
 
 GetTiny = Callable[[str], Tiny]
 
@@ -127,3 +129,17 @@ def test_an_adapter_that_does_nothing_is_refused_although_the_residual_does(
         add_adapter(path, idle)
     assert str(caught.value).startswith("adapter 'idle' does nothing: its outputs differ from the base's by 0 of the ")
     assert content(path) == before
+
+
+def test_a_residual_without_a_slot_is_refused(tiny: GetTiny, invoke: Invoke, tmp_path: Path) -> None:
+    model = tiny("llama")
+    config = peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[])
+    ia3 = save_adapter(base_model("llama", model.base), config, tmp_path / "ia3")
+    flags = ("--base", model.base, "--quantize", "int4", "--residual-rank", "8", "--quiet")
+    result = invoke("export", ia3, *flags, "-o", tmp_path / "out.bundle")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert [line for line in result.stderr.splitlines() if not line.startswith("warning: ia3: ")] == [
+        "error: residual_rank is 8, and no adapter has a low-rank term at any module: there is no slot for a residual",
+        "hint: leave residual_rank out, or export a LoRA adapter too",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["ia3"]
