@@ -47,6 +47,8 @@ class Active:
         self.graphs: dict[str, OrtGraph] = {}
         self.bindings: dict[str, Binding] = {}
         self.key: AdapterKey = ()
+        self._tensors: Mapping[str, Tensor] = {}  # what `bindings` are made of
+        self._resting: dict[AdapterKey, tuple[Mapping[str, Tensor], dict[str, Binding]]] = {}
         self._open = partial(open_graph, threads=threads, provider=provider)
         self.promoter = Promoter(bundle, self._open, max_bytes=promoted_max_bytes, after_tokens=promote_after)
         self._promoted: Graphs | None = None
@@ -56,6 +58,7 @@ class Active:
         """Free the graphs and the adapters."""
         self.promoter.close()
         self._promoted = None
+        self._resting.clear()
         self.bindings.clear()
         self.graphs.clear()
         self.residents = Residents(self.bundle)
@@ -105,9 +108,50 @@ class Active:
     def _use_slots(self, key: AdapterKey) -> None:
         """Bind an adapter beside the base, or the bare base."""
         tensors = self.adapter_tensors(key)
-        if not (key and self.key and self._rebase(tensors)):
-            self.bindings = self._bind(tensors, slots=bool(tensors), keep_graphs=self.keep_graphs)
-        self._promoted, self._beside = None, bool(tensors)
+        if not (key == self.key and self._is_bound(tensors)):
+            bindings = self._rested(key, tensors)
+            if bindings is None:
+                bindings = self._bind(tensors, slots=bool(tensors), keep_graphs=self.keep_graphs)
+            self._rest()
+            self.bindings = bindings
+        self._tensors, self._promoted, self._beside = tensors, None, bool(tensors)
+
+    def _is_bound(self, tensors: Mapping[str, Tensor]) -> bool:
+        return bool(self.bindings) and self._promoted is None and (tensors is self._tensors or not tensors)
+
+    def _rest(self) -> None:
+        """Keep the bindings of what was active, an adapter or the bare base, for when it is used again.
+
+        A blend's tensors are made for one use. Where several graphs work together, or on another device than the CPU,
+        bindings are made anew: see `Binding.rest`.
+        """
+        whole = not self.key or (len(self.key) == 1 and self.key[0][1] == 1.0)
+        if whole and self.keep_graphs and self._promoted is None and len(self.bindings) == 1:
+            (binding,) = self.bindings.values()
+            if binding.graph.device == "cpu":
+                binding.rest()
+                self._resting[self.key] = self._tensors, self.bindings
+
+    def _rested(self, key: AdapterKey, tensors: Mapping[str, Tensor]) -> dict[str, Binding] | None:
+        """Return bindings that wait since `key` was active, if they are of the tensors and graphs that are open now."""
+        made_of, bindings = self._resting.pop(key, (None, None))
+        if bindings is None or not (made_of is tensors or not (made_of or tensors)):
+            return None
+        return bindings if all(each.graph in self.graphs.values() for each in bindings.values()) else None
+
+    def evict(self, name: str) -> None:
+        """Forget an adapter's tensors and all that is bound to them."""
+        self.residents.evict(name)
+        self._resting.pop(((name, 1.0),), None)
+
+    def lend(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """Know an adapter that is not in the bundle; see `Session.lend`.
+
+        Raises:
+            BundleError: if an array is none that an adapter of this bundle may set.
+        """
+        self.residents.lend(name, tensors)
+        self._resting.pop(((name, 1.0),), None)
 
     def demote(self, adapter: str) -> None:
         """Cancel an adapter's promotion, or close its weights; it goes on beside the base.
@@ -189,19 +233,6 @@ class Active:
     def is_promoted(self, key: AdapterKey) -> bool:
         """Return whether `binding_of` gives promoted weights for `key`."""
         return key == self.key and self._promoted is not None
-
-    def _rebase(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Swap one adapter for another in the bindings; False, and nothing done, where that needs new ones."""
-        roles = list(self.bindings.values())
-        if (
-            not tensors
-            or len(roles) != 1
-            or not tensors.keys() <= roles[0].graph.optional.keys()
-            or not roles[0].can_rebase(tensors)
-        ):
-            return False
-        roles[0].rebase(tensors)
-        return True
 
     def _bind(self, tensors: Mapping[str, Tensor], *, slots: bool, keep_graphs: bool = True) -> dict[str, Binding]:
         """Return a binding per graph with an adapter's tensors bound where the graph takes them."""

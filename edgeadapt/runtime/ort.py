@@ -169,39 +169,53 @@ class Rows:
         io.bind_output(name, self._parent.device, 0, self.dtype.type, list(self.shape), self._address)
 
 
+_GONE = Tensor(np.zeros(0, np.float32))
+"""Stands for an output's tensor that a resting binding let go of."""
+
+
 class Binding:
-    """What is bound to one graph; binding the same tensor again costs nothing, only what changed is passed on."""
+    """What is bound to one graph; binding the same tensor again costs nothing, only what changed is passed on.
+
+    base: an adapter's tensors by name, bound once and for all; names of other inputs and outputs must be others
+    """
 
     def __init__(self, graph: OrtGraph, base: Mapping[str, Tensor]) -> None:
         self.graph = graph
+        self._base = base  # keeps it alive
         self._io = graph.new_io_binding()
         self._inputs: dict[str, Tensor | Rows] = {}
         self._outputs: dict[str, Tensor | Rows | None] = {}
         self._allocates = False
         self._shared: Mapping[str, Tensor | Rows] | None = None
-        self._base: Mapping[str, Tensor] = {}
-        self.rebase(base)
-
-    def can_rebase(self, base: Mapping[str, Tensor]) -> bool:
-        """Whether `base` takes the place of all that was bound as base before: nothing can be unbound."""
-        return self._base.keys() <= base.keys()
-
-    def rebase(self, base: Mapping[str, Tensor]) -> None:
-        """Bind other base tensors in place, and keep what else is bound; see `can_rebase`."""
+        self._gone: set[str] = set()
         for name, tensor in base.items():
-            self.set_input(name, tensor)
-        self._base = base
+            self._bind_input(name, tensor)
+
+    def rest(self) -> None:
+        """Let go of all but the base until the next use, so that a binding that waits holds no cache's memory.
+
+        ONNX Runtime still knows where it was, so nothing runs before all of it is bound anew. For the CPU only: on
+        another device the memory is ONNX Runtime's, which would go on holding it.
+        """
+        self._gone = {*self._inputs, *self._outputs}
+        self._inputs = {}
+        self._outputs = dict.fromkeys(self._outputs, _GONE)  # in the order in which ONNX Runtime gives them
+        self._shared, self._allocates = None, False
 
     def set_input(self, name: str, tensor: Tensor | Rows) -> None:
         """Bind `tensor` to input `name` until it is replaced."""
         if self._inputs.get(name) is tensor:
             return
+        self._bind_input(name, tensor)
+        self._inputs[name] = tensor
+        self._gone.discard(name)
+
+    def _bind_input(self, name: str, tensor: Tensor | Rows) -> None:
         try:
             tensor.bind_input(self._io, name)
         except _FAILURES as error:
             what = f"input {name!r} of {self.graph.name} refused {tensor.dtype.name}{list(tensor.shape)}"
             raise _failed(what, error) from error
-        self._inputs[name] = tensor
 
     def set_output(self, name: str, tensor: Tensor | Rows) -> None:
         """Have output `name` written into `tensor` until it is replaced."""
@@ -213,6 +227,7 @@ class Binding:
             what = f"output {name!r} of {self.graph.name} refused {tensor.dtype.name}{list(tensor.shape)}"
             raise _failed(what, error) from error
         self._outputs[name] = tensor
+        self._gone.discard(name)
         self._allocates = None in self._outputs.values()
 
     def share(self, group: Mapping[str, Tensor | Rows], past: str, present: str) -> None:
@@ -233,10 +248,13 @@ class Binding:
             return
         self._io.bind_output(name, "cpu", 0)  # takes its place in the order of outputs
         self._outputs[name] = None
+        self._gone.discard(name)
         self._allocates = True
 
     def run(self) -> dict[str, Array]:
         """Run the graph once and return the allocated outputs, each in memory of its own."""
+        if self._gone:
+            raise AssertionError(f"{self.graph.name} would run with what is gone: {', '.join(sorted(self._gone))}")
         try:
             if not self._allocates:
                 self.graph.run_bound(self._io)

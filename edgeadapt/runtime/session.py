@@ -159,7 +159,7 @@ class Session:
         Raises:
             BundleError: if a tensor is none that an adapter of this bundle may set.
         """
-        self.active.residents.lend(name, tensors)
+        self.active.lend(name, tensors)
 
     def prepare(self) -> None:
         """Open the graphs that the active adapter needs now instead of at the first run."""
@@ -174,7 +174,7 @@ class Session:
         """
         if any(name == adapter for name, _ in self.active.key):
             raise SessionError(f"adapter {adapter!r} is active", hint="session.use(None) first")
-        self.active.residents.evict(adapter)
+        self.active.evict(adapter)
 
     def inputs(self, role: str | None = None) -> dict[str, TensorInfo]:
         """Return the data inputs of a graph by name (`role` None: the only graph, the decoder, or both towers)."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import numpy as np
@@ -466,13 +468,51 @@ def test_a_swap_leaves_nothing_of_the_adapter_before(decoder):
                 np.testing.assert_array_equal(session.run(ids)["logits"], expected[name])
 
 
-def test_a_swap_between_equal_adapters_keeps_the_binding(decoder, session):
+def test_a_swap_back_finds_the_binding_that_waited(decoder, session):
+    prompt = [[3, 1, 4, 1, 5]]
+    found = {}
+    for adapter in ("a", None, "b"):
+        session.use(adapter)
+        found[adapter] = session.active.binding("decoder"), session.run({"input_ids": prompt})["logits"]
+    for adapter in ("a", "b", None, "a"):
+        session.use(adapter)
+        assert session.active.binding("decoder") is found[adapter][0]
+        assert np.array_equal(session.run({"input_ids": prompt})["logits"], found[adapter][1])
+
+
+def test_a_binding_that_waits_holds_no_cache(session):
     session.use("a")
-    binding = session.active.bindings["decoder"]
+    cache = session.new_cache(1, 8)
+    session.step([[3, 1, 4]], cache)
+    buffer = weakref.ref(next(iter(cache.buffers.values())))
     session.use("b")
-    assert session.active.bindings["decoder"] is binding
+    del cache
+    gc.collect()
+    assert buffer() is None
+
+
+def test_a_binding_that_waited_does_not_run_with_what_is_gone(session):
+    session.use("a")
+    session.run({"input_ids": [[3, 1, 4]]})
+    session.use("b")
+    session.use("a")
+    with pytest.raises(AssertionError, match="past_key_values"):
+        session.active.binding("decoder").run()
+
+
+def test_what_waits_is_dropped_with_its_adapter(decoder, session):
+    tensors = {name: tensor.numpy() * 2 for name, tensor in session.active.residents.tensors((("a", 1.0),)).items()}
+    session.use("a")
+    first = session.active.binding("decoder")
     session.use(None)
-    assert session.active.bindings["decoder"] is not binding
+    session.evict("a")
+    session.use("a")
+    assert session.active.binding("decoder") is not first
+    before = session.run({"input_ids": [[3, 1, 4]]})["logits"]
+    session.use("b")
+    session.lend("a", tensors)
+    session.use("a")
+    assert not np.array_equal(session.run({"input_ids": [[3, 1, 4]]})["logits"], before)
 
 
 def test_a_closed_session_says_so(decoder):
