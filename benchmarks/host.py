@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from edgeadapt.profiling.host import host_facts
+from edgeadapt.profiling.device_side.system import host_facts
 
 INSTRUCTION_SETS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm",
@@ -17,20 +17,18 @@ INSTRUCTION_SETS = (
 
 def describe_host() -> dict[str, Any]:
     """Processor, cores, instruction sets, caches, memory, system and the versions of what the harness itself uses."""
-    import onnxruntime
-
-    facts = host_facts("onnxruntime", onnxruntime.__version__)
+    facts = host_facts()
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     flags = {word for line in text.splitlines() if line.startswith(("flags", "Features")) for word in line.split()}
     return {
-        "cpu": facts.cpu,
-        "machine": facts.machine,
-        "cores": facts.cores,
+        "cpu": facts["cpu"],
+        "machine": facts["machine"],
+        "cores": facts["cores"],
         "instruction_sets": [name for name in INSTRUCTION_SETS if name in flags],
         "last_level_cache": _last_level_cache(),
-        "memory_bytes": facts.memory_bytes,
-        "gpu": facts.gpu,
-        "system": facts.system,
+        "memory_bytes": facts["memory_bytes"],
+        "gpu": facts["gpu"],
+        "system": facts["system"],
         "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
     }

@@ -18,7 +18,7 @@ from preparation import texts_of
 from side import Side, SideError
 from workload import CHUNKS, NEW_TOKENS, PROMPT_TOKENS, Workload
 
-from edgeadapt.profiling.memory import memory_now
+from edgeadapt.profiling.device_side.system import memory_now
 
 SWAP_PROMPT = 16
 TOP1_FIRST = 64
@@ -49,7 +49,7 @@ def fresh(ids: list[int]) -> list[int]:
 
 def memory_of(pid: int) -> dict[str, int | None]:
     """Resident, proportional and peak bytes of a process, and its anonymous ones (no file behind them)."""
-    found = dataclasses.asdict(memory_now(Path("/proc") / str(pid)))
+    found = memory_now(Path("/proc") / str(pid))
     rollup = (Path("/proc") / str(pid) / "smaps_rollup").read_text()
     found["anonymous_bytes"] = sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if "Anonymous:" in line)
     return found

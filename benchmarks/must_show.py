@@ -299,12 +299,10 @@ def _child(command: list[str]) -> Row:
 def _host() -> Row:
     from importlib.metadata import version
 
-    from edgeadapt.profiling.host import host_facts
+    from edgeadapt.profiling.device_side.system import host_facts
 
-    facts = asdict(host_facts("onnxruntime", version("onnxruntime")))
-    for name in ("torch", "transformers", "peft"):
-        facts["versions"][name] = version(name)
-    return facts
+    versions = {name: version(name) for name in ("edgeadapt", "onnxruntime", "numpy", "torch", "transformers", "peft")}
+    return {**host_facts(), "versions": versions}
 
 
 def _named_paths(pairs: Sequence[str]) -> dict[str, Path]:

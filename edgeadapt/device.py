@@ -14,30 +14,48 @@ from edgeadapt.fields import from_mapping
 
 @dataclass(frozen=True)
 class Device:
-    """A machine, as far as a profile needs to know it.
+    """A machine, as far as a profile needs to know it. What is not known, or varies, is None.
 
-    name: the file's name without ".toml"; title: one line for people
-    provider: the part of ONNX Runtime that does the work
+    name: the file's name without ".toml"; title: one line for people; sources: where these facts come from
+    runtime: what opens the models, one of edgeadapt/profiling/runtimes; provider: the part of it that does the work
+    transport: how the device is reached, one of edgeadapt/profiling/transports; address: where, as that transport
+        writes it; interpreter: the Python there
     threads: intra-op threads, None for as many as the machine has cores
-    machine: what `uname -m` says on it, None for any machine
-    memory_bytes: how much memory it has, None where that varies
-    sources: where these facts come from
+    machine: what `uname -m` says on it, None for any machine; operating_system: its name and version
+    cores: logical cores, the fastest kind first in a phone; cpu_features: instruction sets, as Linux names them
+    memory_bytes: how much memory it has; memory_bandwidth_bytes_per_s: how fast all its cores together read it
+    peak_flops_float32, peak_ops_int8: multiplications and additions a second that all its cores together reach
+    thermal: what limits it under load
     """
 
     name: str
     title: str
-    provider: Literal["cpu", "cuda"]
+    provider: Literal["cpu", "cuda", "tensorrt", "wasm", "webgpu"]
+    runtime: str = "session"
+    transport: str = "local"
+    address: str | None = None
+    interpreter: str | None = None
     threads: int | None = None
     machine: str | None = None
+    operating_system: str | None = None
+    cores: int | None = None
+    cpu_features: tuple[str, ...] = ()
     memory_bytes: int | None = None
+    memory_bandwidth_bytes_per_s: float | None = None
+    peak_flops_float32: float | None = None
+    peak_ops_int8: float | None = None
+    thermal: str | None = None
     sources: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse numbers that no machine has."""
-        for field in ("threads", "memory_bytes"):
+        for field in ("threads", "cores", "memory_bytes", *_RATES):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"field {field} must be at least 1, got {value}")
+
+
+_RATES = ("memory_bandwidth_bytes_per_s", "peak_flops_float32", "peak_ops_int8")
 
 
 def read_device(name: str | Path) -> Device:

@@ -1,127 +1,30 @@
-"""A bundle's figures on a device. Each number is what its name says, or None where it was not measured."""
+"""Measuring a bundle on a device: a job is made, sent, and run there, one process for each kind of measurement."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from time import monotonic
+from types import ModuleType
 from typing import Any
 
 from edgeadapt import registry
 from edgeadapt.bundle import Bundle, open_bundle
-from edgeadapt.device import Device, read_device, require_this_machine
+from edgeadapt.device import Device, read_device
 from edgeadapt.errors import ProfileError
-from edgeadapt.fields import from_mapping, to_mapping
-from edgeadapt.profiling.child import RUNTIMES, Request
-from edgeadapt.profiling.host import Host, Noise, available_cores
-from edgeadapt.profiling.measure import MemoryStages, Speed
-from edgeadapt.profiling.samples import paired_ratio, percentile
+from edgeadapt.profiling import launch
+from edgeadapt.profiling.assemble import assemble, attempt_of, noise_score
+from edgeadapt.profiling.figures import Attempt, Profile
+from edgeadapt.profiling.job import Shapes, write_job
+from edgeadapt.profiling.transports import Transport, connect
 from edgeadapt.profiling.workload import Workload
-from edgeadapt.runtime.spec import decoder_spec
+from edgeadapt.progress import SILENT, Progress
 
-SCHEMA = "edgeadapt.profile/1"
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes on disk: of the whole bundle, by role of file, and by adapter (its tensors alone)."""
-
-    total_bytes: int
-    by_role_bytes: dict[str, int]
-    by_adapter_bytes: dict[str, int]
-
-
-@dataclass(frozen=True)
-class AdapterTax:
-    """What an adapter costs: `ratio` is the median of (time with it / time without) over neighbouring blocks."""
-
-    adapter: str
-    ratio: float
-    base_s: tuple[float, ...]
-    adapter_s: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Swap:
-    """From the call of `session.use` to a session that is ready, medians: adapter in memory, and only on disk."""
-
-    adapter: str
-    resident_s: float
-    from_disk_s: float
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Memory of a child process that runs the bundle once with the active adapter; None where not known.
-
-    before_load: Python and the runtime, no model; loaded: graphs open; run: after a run; peak: the most until then
-    proportional_*: a page that n processes share counts as 1/n (PSS)
-    further_adapters: what each further adapter adds to resident memory, in the order in which they were used; the
-        first one may include a second graph
-    kv_cache_bytes_per_token: what a decoder's self-attention keeps of each token of each text, by its shape
-    """
-
-    before_load_resident_bytes: int | None
-    loaded_resident_bytes: int | None
-    run_resident_bytes: int | None
-    peak_resident_bytes: int | None
-    loaded_proportional_bytes: int | None
-    run_proportional_bytes: int | None
-    further_adapters_resident_bytes: dict[str, int | None]
-    kv_cache_bytes_per_token: int | None
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Figures of one bundle on one device.
-
-    adapter: what was active in the main figures, None for the base
-    process_start_s: from the start of a Python process until the runtime is imported, no model yet
-    load_time_s: from the call to a session that is ready to run, after that
-    first_run_s: the first run after loading, until the first token for models that write
-    ttft_s: from the call with a prompt of token ids to the first token's logits, median
-    prefill_tokens_per_s: the prompt's tokens over ttft_s; None where an encoder reads the prompt, or for a single pass
-    decode_tokens_per_s: new tokens over the time of an answer's steps, median; None for a single pass
-    latency_p*_s: of one new token, or of one single pass
-    samples: the raw measurements in seconds, by name
-    warnings: what makes the figures doubtful
-    """
-
-    schema: str
-    bundle: str
-    task: str
-    adapter: str | None
-    runtime: str
-    device: Device
-    threads: int
-    workload: Workload
-    process_start_s: float
-    load_time_s: float
-    first_run_s: float
-    ttft_s: float | None
-    prefill_tokens_per_s: float | None
-    decode_tokens_per_s: float | None
-    latency_p50_s: float
-    latency_p90_s: float
-    latency_p95_s: float
-    latency_p99_s: float
-    adapter_tax: AdapterTax | None
-    swap: Swap | None
-    memory: Memory
-    sizes: Sizes
-    host: Host
-    noise: Noise
-    samples: Mapping[str, tuple[float, ...]]
-    warnings: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the profile as plain dicts, lists, strings and numbers."""
-        return to_mapping(self)
+RUNTIMES = "edgeadapt.profiling.runtimes"
+_BESIDE = ("memory", "cold")
+"""What is measured after the timed figures, each in a process of its own."""
 
 
 def profile(
@@ -130,63 +33,179 @@ def profile(
     device: Device | str = "cpu",
     adapter: str | None = None,
     threads: int | None = None,
-    prompt_tokens: int = 128,
+    prompt_tokens: int | Sequence[int] = 128,
     new_tokens: int = 64,
     repeats: int = 5,
     batch_size: int = 1,
-    runtime: str = "onnxruntime",
+    runtime: str | None = None,
+    operators: bool = False,
+    attempts: int = 2,
     timeout_s: float | None = None,
+    progress: Progress = SILENT,
 ) -> Profile:
-    """Return how fast and how large a bundle is on this machine.
-
-    Speed and memory are measured in two child processes, one after the other, that do nothing else.
+    """Return how fast and how large a bundle is on a device.
 
     Args:
         bundle: a bundle's folder.
-        device: a device, or its name in devices/; it must be this machine.
+        device: a device, or its name in devices/.
         adapter: what is active in the main figures, None for the base. Tax and swap are measured for it, or for the
             bundle's first adapter.
         threads: intra-op threads, None for the device's number or one per core that may be used.
-        prompt_tokens: how long a prompt is (single pass: how long a text is, at most the model's longest).
+        prompt_tokens: how long a prompt is, or several lengths, of which the first one's text goes on (single pass: how
+            long a text is, at most the model's longest).
         new_tokens: how many tokens are written after it.
         repeats: how many answers are written; a single pass is run ten times as often.
         batch_size: rows at once.
-        runtime: one of edgeadapt/profiling/runtimes.
-        timeout_s: how long each child may take, None for as long as it needs.
+        runtime: one of edgeadapt/profiling/runtimes, None for the device's own.
+        operators: time each operator too, in a process of its own.
+        attempts: how often the timed figures are tried while other work disturbs them; the quietest try is reported.
+        timeout_s: how long each process may take, None for as long as it needs.
+        progress: is told what goes on.
 
     Raises:
-        ProfileError: if the device or the runtime cannot be used here, an argument is out of range, or a measurement
-            failed.
+        ProfileError: if the device or the runtime cannot be used, an argument is out of range, or nothing could be
+            timed. What fails after that is in the profile's `failures`.
         BundleError: if it is no bundle, or has no such adapter.
         RecipeError: if there is no such device.
     """
     chosen = read_device(device) if isinstance(device, str) else device
-    require_this_machine(chosen)
-    registry.load(RUNTIMES, runtime, ProfileError).require(chosen.provider)
+    name = runtime or chosen.runtime
+    module = registry.load(RUNTIMES, name, ProfileError)
+    module.require(chosen)
     opened = open_bundle(bundle)
-    for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens), ("repeats", repeats)):
-        _check_count(name, value)
-    _check_count("batch_size", batch_size)
-    _check_count("threads", 1 if threads is None else threads)
+    workload = _workload(prompt_tokens, new_tokens, repeats, batch_size)
+    for what, value in (("threads", 1 if threads is None else threads), ("attempts", attempts)):
+        _check_count(what, value)
     active, tax_adapter = _adapters(opened, adapter)
-    request = Request(
-        what="speed",
-        runtime=runtime,
-        bundle=opened.path.absolute(),
-        provider=chosen.provider,
-        threads=threads or chosen.threads or available_cores(),
-        spawned_at_s=0.0,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
-        repeats=repeats,
-        batch_size=batch_size,
-        adapter=active,
-        tax_adapter=tax_adapter,
-        further_adapters=tuple(name for name in opened.adapter_names if name != active),
-    )
-    found = _ask(request, timeout_s)
-    stages = from_mapping(MemoryStages, _ask(_for_memory(request), timeout_s), "memory", ProfileError)
-    return _assemble(opened, chosen, request, found, stages)
+    with connect(chosen) as transport, tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        measured = replace(chosen, threads=threads or chosen.threads)
+        run = _Run(opened, measured, name, module, transport, Path(folder), timeout_s)
+        with progress.stage("prepare the models"):
+            run.prepare(workload, active, tax_adapter)
+        return run.measure(workload, active, operators=operators, attempts=attempts, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is run: see `write_job`."""
+
+    workload: Workload
+    active: str | None
+    tax_adapter: str | None
+
+
+@dataclass
+class _Run:
+    """One profile under way."""
+
+    bundle: Bundle
+    device: Device
+    runtime: str
+    module: ModuleType
+    transport: Transport
+    folder: Path
+    timeout_s: float | None
+
+    def prepare(self, workload: Workload, active: str | None, tax_adapter: str | None) -> None:
+        """Make what the runtime opens, and send it."""
+        self._job = _Job(workload, active, tax_adapter)
+        self._ask = self._prepared(self.module, self.folder / "job")
+
+    def _prepared(self, module: ModuleType, folder: Path) -> Callable[[str], dict[str, Any]]:
+        """Return what runs one measurement by its name."""
+        folder.mkdir()
+        work = self._job.workload
+        longest = max(work.prompt_tokens)
+        shapes = Shapes(work.batch_size, longest, longest + work.new_tokens)
+        models = module.prepare(self.bundle, self.device, folder, shapes)
+        write_job(
+            folder,
+            self.bundle,
+            models,
+            work,
+            engine=module.ENGINE,
+            active=self._job.active,
+            tax_adapter=self._job.tax_adapter,
+            through_session=module.ENGINE == "session",
+        )
+        own: Any = getattr(module, "measure", None)  # a runtime that is no Python program starts itself
+        if own is not None:
+            return partial(own, folder, self.transport, self.timeout_s)
+        return partial(
+            launch.measure,
+            self.transport,
+            launch.send_job(self.transport, folder, module.ENGINE),
+            install=module.INSTALL,
+            timeout_s=self.timeout_s,
+            same_clock=self.device.transport == "local",
+        )
+
+    def _operators(self) -> dict[str, Any]:
+        """Time operators, in another runtime where this one leaves it to that."""
+        name = getattr(self.module, "OPERATORS", None)
+        if name is None:
+            return self._ask("operators")
+        return self._prepared(registry.load(RUNTIMES, name, ProfileError), self.folder / "operators")("operators")
+
+    def measure(
+        self, workload: Workload, active: str | None, *, operators: bool, attempts: int, progress: Progress
+    ) -> Profile:
+        """Run the measurements one after the other; what fails after the first one is told, and the rest is kept."""
+        found: dict[str, Any] = {}
+        tries: tuple[Attempt, ...] = ()
+        failures: list[str] = []
+        if self.transport.emulated:
+            with progress.stage("check the answers"):
+                found = self._ask("checks")
+            kinds: tuple[str, ...] = ()
+        else:
+            with progress.stage("time it"):
+                found, tries = self._timed(attempts)
+            kinds = (*getattr(self.module, "KINDS", _BESIDE), *(("operators",) if operators else ()))
+        for what in kinds:
+            try:
+                with progress.stage(f"measure {what}"):
+                    more = self._operators() if what == "operators" else self._ask(what)
+            except ProfileError as error:
+                failures.append(f"{what}: {error.message}")
+                continue
+            notes = dict.fromkeys((*found["notes"], *more["notes"]))
+            found = {**more, **found, "notes": list(notes)}
+        models = self.folder / "job" / "model"
+        return assemble(
+            self.bundle,
+            self.device,
+            self.runtime,
+            workload,
+            found,
+            adapter=active,
+            emulated=self.transport.emulated,
+            attempts=tries,
+            models=models if getattr(self.module, "CONVERTS", False) else None,
+            failures=tuple(failures),
+        )
+
+    def _timed(self, attempts: int) -> tuple[dict[str, Any], tuple[Attempt, ...]]:
+        """Return the samples of the quietest of at most `attempts` tries, and how all of them went."""
+        tries: list[tuple[Attempt, dict[str, Any]]] = []
+        while len(tries) < attempts:
+            samples = self._ask("speed")
+            tries.append((attempt_of(samples), samples))
+            if not tries[-1][0].disturbed_by:
+                break
+        best = min(tries, key=lambda each: noise_score(each[0]))
+        return best[1], tuple(attempt for attempt, _ in tries)
+
+
+def _workload(prompt_tokens: int | Sequence[int], new_tokens: int, repeats: int, batch_size: int) -> Workload:
+    lengths = (prompt_tokens,) if isinstance(prompt_tokens, int | float) else tuple(prompt_tokens)
+    if not lengths or len(set(lengths)) != len(lengths):
+        raise ProfileError(f"prompt_tokens is {list(lengths)}", hint="give one length or several different ones")
+    for length in lengths:
+        _check_count("prompt_tokens", length)
+    for name, value in (("new_tokens", new_tokens), ("repeats", repeats), ("batch_size", batch_size)):
+        _check_count(name, value)
+    return Workload(lengths, new_tokens, repeats, batch_size)
 
 
 def _check_count(name: str, value: object) -> None:
@@ -208,142 +227,3 @@ def _adapters(bundle: Bundle, adapter: str | None) -> tuple[str | None, str | No
         bundle.adapter_record(adapter)
     first = bundle.adapter_names[0] if bundle.adapter_names else None
     return adapter, adapter or first
-
-
-def _for_memory(request: Request) -> Request:
-    return from_mapping(Request, to_mapping(request) | {"what": "memory"}, "request", ProfileError)
-
-
-def _ask(request: Request, timeout_s: float | None) -> dict[str, Any]:
-    """Run one measurement in a child process and return its result."""
-    source = str(Path(__file__).parents[2])
-    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "edgeadapt.profiling.child"]
-    try:
-        done = subprocess.run(
-            command,
-            input=json.dumps(to_mapping(request) | {"spawned_at_s": monotonic()}),
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise ProfileError(
-            f"measuring {request.what} took longer than {timeout_s} s", hint="allow more time, or fewer repeats"
-        ) from error
-    if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-5:]
-        how = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
-        raise ProfileError(
-            f"the process that measured {request.what} {how}: " + " | ".join(last),
-            hint="if it was killed, the machine may have too little memory; else please report this",
-        )
-    reply: dict[str, Any] = json.loads(done.stdout)
-    if "error" in reply:
-        raise ProfileError(reply["error"]["message"], hint=reply["error"]["hint"])
-    result: dict[str, Any] = reply["result"]
-    return result
-
-
-def _assemble(
-    bundle: Bundle, device: Device, request: Request, found: Mapping[str, Any], stages: MemoryStages
-) -> Profile:
-    speed = from_mapping(Speed, found["speed"], "speed", ProfileError)
-    noise = from_mapping(Noise, found["noise"], "noise", ProfileError)
-    writes = speed.ttft_s is not None
-    ttft_s = percentile(speed.ttft_s, 50) if speed.ttft_s is not None else None
-    p50, p90, p95, p99 = (percentile(speed.latency_s, percent) for percent in (50, 90, 95, 99))
-    reads = writes and "encoder" not in bundle.manifest.graphs
-    return Profile(
-        schema=SCHEMA,
-        bundle=bundle.manifest.name,
-        task=bundle.manifest.task,
-        adapter=request.adapter,
-        runtime=request.runtime,
-        device=device,
-        threads=request.threads,
-        workload=Workload(request.prompt_tokens, request.new_tokens, request.repeats, request.batch_size),
-        process_start_s=found["process_start_s"],
-        load_time_s=speed.load_time_s,
-        first_run_s=speed.first_run_s,
-        ttft_s=ttft_s,
-        prefill_tokens_per_s=request.batch_size * request.prompt_tokens / ttft_s if reads and ttft_s else None,
-        decode_tokens_per_s=_decode_rate(request, speed) if writes else None,
-        latency_p50_s=p50,
-        latency_p90_s=p90,
-        latency_p95_s=p95,
-        latency_p99_s=p99,
-        adapter_tax=_tax(request.tax_adapter, speed),
-        swap=_swap(request.tax_adapter, speed),
-        memory=_memory(stages, bundle),
-        sizes=_sizes(bundle),
-        host=from_mapping(Host, found["host"], "host", ProfileError),
-        noise=noise,
-        samples={name: value for name, value in vars(speed).items() if isinstance(value, tuple)},
-        warnings=_warnings(p50, p90, noise),
-    )
-
-
-def _decode_rate(request: Request, speed: Speed) -> float:
-    count = request.new_tokens
-    answers = [sum(speed.latency_s[first : first + count]) for first in range(0, len(speed.latency_s), count)]
-    return request.batch_size * count / percentile(answers, 50)
-
-
-def _tax(adapter: str | None, speed: Speed) -> AdapterTax | None:
-    if adapter is None or speed.tax_base_s is None or speed.tax_adapter_s is None:
-        return None
-    ratio = paired_ratio(speed.tax_adapter_s, speed.tax_base_s)
-    return AdapterTax(adapter, ratio, speed.tax_base_s, speed.tax_adapter_s)
-
-
-def _swap(adapter: str | None, speed: Speed) -> Swap | None:
-    if adapter is None or speed.swap_resident_s is None or speed.swap_disk_s is None:
-        return None
-    return Swap(adapter, percentile(speed.swap_resident_s, 50), percentile(speed.swap_disk_s, 50))
-
-
-def _memory(stages: MemoryStages, bundle: Bundle) -> Memory:
-    spec = decoder_spec(bundle.manifest)
-    added: dict[str, int | None] = {}
-    before = stages.after_run.resident_bytes
-    for name, use in stages.further_adapters.items():
-        now = use.resident_bytes
-        added[name] = None if now is None or before is None else now - before
-        before = now
-    return Memory(
-        before_load_resident_bytes=stages.before_load.resident_bytes,
-        loaded_resident_bytes=stages.after_load.resident_bytes,
-        run_resident_bytes=stages.after_run.resident_bytes,
-        peak_resident_bytes=stages.after_run.peak_resident_bytes,
-        loaded_proportional_bytes=stages.after_load.proportional_bytes,
-        run_proportional_bytes=stages.after_run.proportional_bytes,
-        further_adapters_resident_bytes=added,
-        kv_cache_bytes_per_token=None if spec is None else spec.cache_bytes_per_token,
-    )
-
-
-def _sizes(bundle: Bundle) -> Sizes:
-    roles: dict[str, int] = {}
-    for record in bundle.manifest.files.values():
-        roles[record.role] = roles.get(record.role, 0) + record.size
-    manifest_bytes = (bundle.path / "manifest.json").stat().st_size
-    adapters = {
-        name: bundle.manifest.files[f"adapters/{name}/adapter.onnx_adapter"].size for name in bundle.adapter_names
-    }
-    return Sizes(sum(roles.values()) + manifest_bytes, dict(sorted(roles.items())), adapters)
-
-
-def _warnings(p50: float, p90: float, noise: Noise) -> tuple[str, ...]:
-    found = []
-    if p90 > 2 * p50:
-        found.append(f"latencies scatter: p90 is {p90 / p50:.1f} times p50")
-    if noise.steal_ratio is not None and noise.steal_ratio > 0.02:
-        found.append(f"the hypervisor took {noise.steal_ratio:.0%} of the CPU time away")
-    if noise.cpu_pressure_percent is not None and noise.cpu_pressure_percent > 20:
-        found.append(f"other work waited for a core {noise.cpu_pressure_percent:.0f} % of the time")
-    return tuple(found)

@@ -2,63 +2,93 @@
 
 from __future__ import annotations
 
-from edgeadapt.profiling.profile import Profile
+from edgeadapt.profiling.figures import Memory, Profile
 
 
 def rows(profile: Profile) -> list[dict[str, str]]:
     """Return the figures that were measured as rows of "figure" and "value", in units that people read."""
-    unit = "token" if profile.ttft_s is not None else "run"
-    work = profile.workload
+    unit = "token" if profile.prefills else "run"
+    percentiles = (profile.latency_p50_s, profile.latency_p90_s, profile.latency_p95_s, profile.latency_p99_s)
     values = [
         ("process start", _time(profile.process_start_s)),
         ("load", _time(profile.load_time_s)),
+        ("load, files only on storage", _time(profile.cold_load_time_s)),
         ("first run", _time(profile.first_run_s)),
-        (f"time to first token ({work.prompt_tokens} prompt tokens)", _time(profile.ttft_s)),
-        ("prefill", _rate(profile.prefill_tokens_per_s)),
-        (f"decode ({work.new_tokens} new tokens)", _rate(profile.decode_tokens_per_s)),
+        *_prefill_rows(profile),
+        (f"decode ({profile.workload.new_tokens} new tokens)", _rate(profile.decode_tokens_per_s, "tokens")),
+        ("throughput", _rate(profile.runs_per_s, "rows")),
         (
             f"latency per {unit}, p50 / p90 / p95 / p99",
-            " / ".join(
-                _time(value) or "-"
-                for value in (
-                    profile.latency_p50_s,
-                    profile.latency_p90_s,
-                    profile.latency_p95_s,
-                    profile.latency_p99_s,
-                )
-            ),
+            None if profile.latency_p50_s is None else " / ".join(_time(value) or "-" for value in percentiles),
         ),
         *_adapter_rows(profile),
-        *_memory_rows(profile),
+        *(_memory_rows(profile.memory) if profile.memory is not None else ()),
+        *_system_rows(profile),
         ("size on disk", _size(profile.sizes.total_bytes)),
+        ("models made for this runtime", _size(profile.sizes.model_bytes)),
         *((f"adapter {name} on disk", _size(size)) for name, size in profile.sizes.by_adapter_bytes.items()),
+        *_check_rows(profile),
     ]
     return [{"figure": name, "value": value} for name, value in values if value is not None]
 
 
-def _adapter_rows(profile: Profile) -> list[tuple[str, str | None]]:
+def _prefill_rows(profile: Profile) -> list[tuple[str, str | None]]:
     found: list[tuple[str, str | None]] = []
-    if profile.adapter_tax is not None:
-        change = profile.adapter_tax.ratio - 1
-        found.append((f"time with adapter {profile.adapter_tax.adapter} against none", f"{change:+.1%}"))
-    if profile.swap is not None:
-        both = f"{_time(profile.swap.resident_s)} / {_time(profile.swap.from_disk_s)}"
-        found.append((f"swap to {profile.swap.adapter}, from memory / from disk", both))
+    for each in profile.prefills:
+        found.append((f"time to first token ({each.prompt_tokens} prompt tokens)", _time(each.ttft_s)))
+        found.append((f"prefill ({each.prompt_tokens} prompt tokens)", _rate(each.tokens_per_s, "tokens")))
     return found
 
 
-def _memory_rows(profile: Profile) -> list[tuple[str, str | None]]:
-    memory = profile.memory
+def _adapter_rows(profile: Profile) -> list[tuple[str, str | None]]:
+    found: list[tuple[str, str | None]] = []
+    tax, swap = profile.adapter_tax, profile.swap
+    if tax is not None:
+        found.append((f"time with adapter {tax.adapter} against none", f"{tax.ratio - 1:+.1%}"))
+        if tax.idle_ratio is not None:
+            found.append(("time with adapters in place, none active", f"{tax.idle_ratio - 1:+.1%}"))
+    if swap is not None:
+        both = f"{_time(swap.resident_s)} / {_time(swap.from_disk_s) or '-'}"
+        found.append((f"swap to {swap.adapter}, from memory / from disk", both))
+        found.append((f"swap to a blend with {swap.adapter}", _time(swap.blend_s)))
+    return found
+
+
+def _memory_rows(memory: Memory) -> list[tuple[str, str | None]]:
     found = [
         ("memory before load", _size(memory.before_load_resident_bytes)),
         ("memory after load", _size(memory.loaded_resident_bytes)),
         ("memory after a run", _size(memory.run_resident_bytes)),
+        ("of it the process's own", _size(memory.run_anonymous_bytes)),
+        ("of it mapped files", _size(memory.run_file_bytes)),
         ("memory at peak", _size(memory.peak_resident_bytes)),
         ("key-value cache, for each token", _size(memory.kv_cache_bytes_per_token)),
     ]
     for name, added in memory.further_adapters_resident_bytes.items():
         found.append((f"memory that adapter {name} adds", _size(added)))
     return found
+
+
+def _system_rows(profile: Profile) -> list[tuple[str, str | None]]:
+    system = profile.system
+    if system is None:
+        return []
+    clocks = (system.clock_hz_min, system.clock_hz_max)
+    warmth = (system.temperature_c_start, system.temperature_c_end)
+    return [
+        ("energy while timing", None if system.energy_j is None else f"{system.energy_j:.3g} J"),
+        ("clock", None if clocks[0] is None else " to ".join(f"{(value or 0) / 1e9:.2f} GHz" for value in clocks)),
+        ("temperature", None if warmth[0] is None else " to ".join(f"{value or 0:.0f} °C" for value in warmth)),
+    ]
+
+
+def _check_rows(profile: Profile) -> list[tuple[str, str | None]]:
+    """Return how far the answers are from the bundle's goldens, which ONNX Runtime gave when it was made."""
+    worst: dict[str, float] = {}
+    for check in profile.checks:
+        name = f"answer of {check.adapter or 'the base'} against its golden"
+        worst[name] = max(check.relative_error, worst.get(name, 0.0))
+    return [(name, f"{error:.1e} of the largest value") for name, error in worst.items()]
 
 
 def _time(value: float | None) -> str | None:
@@ -69,8 +99,8 @@ def _time(value: float | None) -> str | None:
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
-def _rate(value: float | None) -> str | None:
-    return None if value is None else f"{value:.4g} tokens/s"
+def _rate(value: float | None, what: str) -> str | None:
+    return None if value is None else f"{value:.4g} {what}/s"
 
 
 def _size(value: int | None) -> str | None:

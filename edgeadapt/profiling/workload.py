@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeadapt.errors import ProfileError
-from edgeadapt.runtime import Cache, Session
+from edgeadapt.runtime import Session
 from edgeadapt.runtime.ort import TensorInfo
 from edgeadapt.runtime.tokenizer import read_json_asset
 
@@ -22,58 +22,15 @@ _SEED = 0
 class Workload:
     """How much is run. Speed does not depend on which tokens are read, so they are random.
 
-    prompt_tokens: tokens read before the first new one (single pass: the length of a text)
+    prompt_tokens: tokens read before the first new one, for each length that is timed; the first one's text goes on
+        (single pass: the length of a text)
     new_tokens: tokens written after it; repeats: how often; batch_size: rows at once
     """
 
-    prompt_tokens: int
+    prompt_tokens: tuple[int, ...]
     new_tokens: int
     repeats: int
     batch_size: int = 1
-
-
-@dataclass(frozen=True)
-class Writer:
-    """A decoder at work. `start()` reads the prompt and gives the cache with the first token's logits."""
-
-    start: Callable[[], tuple[Cache, Array]]
-    step: Callable[[Cache, Array], Array]
-
-
-def writer(session: Session, workload: Workload) -> Writer:
-    """Return the work of a decoder for `workload`.
-
-    Raises:
-        ProfileError: if the prompt and the new tokens do not fit the model.
-    """
-    spec = session.require_decoder()
-    rng = np.random.default_rng(_SEED)
-    read = len(spec.decoder_start_token_ids) if session.has_encoder else workload.prompt_tokens
-    total = read + workload.new_tokens
-    room = spec.max_length if session.has_encoder else session.room_beside(session.active.key)
-    if total > room:
-        raise ProfileError(
-            f"{read} tokens and {workload.new_tokens} new ones do not fit: this model holds {room} tokens",
-            hint="choose a shorter prompt or fewer new tokens",
-        )
-    if session.has_encoder:
-        inputs = example_inputs(session, "encoder", workload)
-        first = np.asarray([spec.decoder_start_token_ids] * workload.batch_size)
-    else:
-        inputs = {}
-        first = rng.integers(0, spec.vocab_size, (workload.batch_size, workload.prompt_tokens))
-
-    def start() -> tuple[Cache, Array]:
-        if session.has_encoder:
-            cache = session.encode(inputs, max_length=total)
-        else:
-            cache = session.new_cache(workload.batch_size, total)
-        return cache, session.step(first, cache, logits="last")
-
-    def step(cache: Cache, logits: Array) -> Array:
-        return session.step(logits.argmax(axis=-1), cache, logits="last")
-
-    return Writer(start, step)
 
 
 def example_inputs(session: Session, role: str | None, workload: Workload) -> dict[str, Array]:
@@ -93,7 +50,7 @@ def example_inputs(session: Session, role: str | None, workload: Workload) -> di
 
 def _sizes(session: Session, workload: Workload) -> dict[str, int]:
     """Return lengths for axes by a part of their name."""
-    tokens = workload.prompt_tokens
+    tokens = workload.prompt_tokens[0]
     if "tokenizer.json" in session.bundle.asset_names and session.text.max_length is not None:
         tokens = min(tokens, session.text.max_length)
     sizes = {"batch": workload.batch_size, "seq": tokens, "length": tokens, "channel": 3}

@@ -46,7 +46,10 @@ def test_an_unknown_device_is_refused():
         ('title = "t"\nprovider = "cpu"\nfans = 2\n', "unknown field fans"),
         ('title = "t"\nprovider = "cpu"\nname = "x"\n', "unknown field name"),
         ('title = "t"\n', "field provider is missing"),
-        ('title = "t"\nprovider = "npu"\n', "field provider must be one of 'cpu', 'cuda', got the string 'npu'"),
+        (
+            'title = "t"\nprovider = "npu"\n',
+            "field provider must be one of 'cpu', 'cuda', 'tensorrt', 'wasm', 'webgpu', got the string 'npu'",
+        ),
         ('title = "t"\nprovider = "cpu"\nthreads = 0\n', "field threads must be at least 1, got 0"),
         ('title = "t"\nprovider = "cpu"\nthreads = 1.5\n', "field threads must be an integer, got the number 1.5"),
     ],

@@ -1,5 +1,13 @@
-"""Runtimes that a profile can measure, one file each.
+"""Runtimes that a profile can measure, one file each: how a bundle becomes what they open.
 
-A runtime has `require(provider)`, which raises a `ProfileError` where it cannot run; `open_session(bundle, *, threads,
-provider)`, which returns something with the methods of `edgeadapt.runtime.Session`; and `version()`.
+- `ENGINE`: the file of device_side/engines that drives it there;
+- `INSTALL`: the command that installs it, for messages;
+- `CONVERTS` (False where it is left out): `prepare` makes other files than the bundle's;
+- `OPERATORS` (its own where it is left out): the runtime that times operators in its place;
+- `require(device)` raises a `ProfileError` where it cannot run: for this machine all that can be known before a model
+  is opened, for another one what preparing needs here;
+- `prepare(bundle, device, folder, shapes)` writes what it opens below `folder/model`, and returns `job.Models`.
+
+A runtime that is no Python program has `measure(folder, transport, timeout_s, what)` too, which runs one measurement
+and returns its samples, and `KINDS`, what it can measure beside "speed".
 """

@@ -33,6 +33,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("profile") / "a decoder.bundle"
     sites = tiny.decoder_sites(tiny.DecoderShape())
     bundles.write_decoder(path, {"a": tiny.low_rank(sites, 4, 11), "b": tiny.low_rank(sites, 2, 12)})
+    bundles.record_goldens(path)
     return path
 
 
@@ -41,6 +42,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text classifier's bundle with adapter a."""
     path = tmp_path_factory.mktemp("profile") / "topics.bundle"
     bundles.write_classifier(path, {"a": tiny.low_rank({"dense": (16, 16), "classifier": (3, 16)}, 4, 5)})
+    bundles.record_goldens(path)
     return path
 
 

@@ -5,12 +5,12 @@ import os
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from edgeadapt.errors import ProfileError
-from edgeadapt.profiling import host, memory
-from edgeadapt.profiling.measure import measure_speed
+from edgeadapt.profiling.device_side import runner, system
 from edgeadapt.profiling.samples import paired_ratio, percentile
-from edgeadapt.profiling.workload import Workload, example_inputs, writer
+from edgeadapt.profiling.workload import Workload, example_inputs
 from edgeadapt.runtime import open_session
 
 
@@ -28,23 +28,41 @@ def test_a_ratio_of_pairs_is_not_moved_by_drift():
         paired_ratio([1.0], [1.0, 2.0])
 
 
+UNKNOWN = dict.fromkeys(
+    ("resident_bytes", "peak_resident_bytes", "proportional_bytes", "anonymous_bytes", "file_bytes")
+)
+
+
 def test_memory_as_proc_tells_it(tmp_path):
     (tmp_path / "status").write_text("Name:\tpython\nVmHWM:\t  300 kB\nVmRSS:\t  200 kB\n")
-    assert memory.memory_now(tmp_path) == memory.MemoryUse(204800, 307200, None)
+    assert system.memory_now(tmp_path) == UNKNOWN | {"resident_bytes": 204800, "peak_resident_bytes": 307200}
     (tmp_path / "smaps_rollup").write_text("55-7f ---p 00 00:00 0  [rollup]\nRss:  200 kB\nPss:   100 kB\n")
-    assert memory.memory_now(tmp_path) == memory.MemoryUse(204800, 307200, 102400)
-    assert memory.memory_now(tmp_path / "none") == memory.MemoryUse(None, None, None)
+    with (tmp_path / "status").open("a") as file:
+        file.write("RssAnon:\t  120 kB\nRssFile:\t  60 kB\nRssShmem:\t  20 kB\n")
+    assert system.memory_now(tmp_path) == {
+        "resident_bytes": 204800,
+        "peak_resident_bytes": 307200,
+        "proportional_bytes": 102400,
+        "anonymous_bytes": 122880,
+        "file_bytes": 81920,
+    }
+    assert system.memory_now(tmp_path / "none") == UNKNOWN
 
 
 def test_memory_sees_what_is_allocated():
-    before = memory.memory_now()
-    if before.resident_bytes is None:
+    before = system.memory_now()
+    if before["resident_bytes"] is None:
         pytest.skip("memory is read from /proc")
+    timeline = system.MemoryTimeline()
     # Pages of its own: an array could be put into memory that earlier tests have freed.
     with mmap.mmap(-1, 64_000_000) as block:
         block.write(b"x" * len(block))
-        after = memory.memory_now()
-    assert after.resident_bytes - before.resident_bytes > 50_000_000
+        after = system.memory_now()
+        seen = timeline.stop()
+    assert after["resident_bytes"] - before["resident_bytes"] > 50_000_000
+    assert after["anonymous_bytes"] + after["file_bytes"] == after["resident_bytes"]
+    assert seen
+    assert all(held > 1_000_000 for _, held in seen)
 
 
 def _proc(folder, *, stat="cpu  10 0 10 70 0 0 0 10 5 5\ncpu0 1", cpuinfo="", pressure=None):
@@ -52,28 +70,60 @@ def _proc(folder, *, stat="cpu  10 0 10 70 0 0 0 10 5 5\ncpu0 1", cpuinfo="", pr
     (folder / "cpuinfo").write_text(cpuinfo)
     (folder / "meminfo").write_text("MemTotal:       1000 kB\nMemFree: 1 kB\n")
     if pressure is not None:
-        (folder / "pressure").mkdir()
-        (folder / "pressure" / "cpu").write_text(pressure)
+        (folder / "pressure").mkdir(exist_ok=True)
+        line = f"some avg10=1.00 avg60=3.00 avg300=1.00 total={pressure}"
+        (folder / "pressure" / "cpu").write_text(f"{line}\nfull x=1\n")
     return folder
 
 
-def test_noise_is_counted_from_when_the_meter_is_made(tmp_path):
-    proc = _proc(tmp_path, pressure="some avg10=12.50 avg60=3.00 avg300=1.00 total=1\nfull avg10=0.00\n")
-    meter = host.NoiseMeter(proc)
-    (proc / "stat").write_text("cpu  60 0 20 90 0 0 0 30 9 9\n")
+def test_noise_is_counted_from_when_the_meter_is_made(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(system, "monotonic", lambda: clock[0])
+    proc = _proc(tmp_path, pressure=1_000_000)
+    meter = system.NoiseMeter(proc)
+    clock[0] += 4
+    _proc(tmp_path, stat="cpu  60 0 20 90 0 0 0 30 9 9\n", pressure=2_000_000)
     noise = meter.read()
-    assert noise.steal_ratio == 0.2  # 20 of 100 ticks
-    assert noise.cpu_pressure_percent == 12.5
-    assert noise.involuntary_switches >= 0
+    assert noise["seconds"] == 4
+    assert noise["steal_ratio"] == 0.2  # 20 of 100 ticks
+    assert noise["waiting_ratio"] == 0.25
+    assert noise["others_ratio"] <= 0.6  # 60 of 100 ticks were busy, some with this process
+    assert noise["involuntary_switches"] >= 0
 
 
 def test_what_the_system_does_not_say_is_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(host.shutil, "which", lambda _: None)
-    noise = host.NoiseMeter(tmp_path).read()
-    assert (noise.steal_ratio, noise.cpu_pressure_percent) == (None, None)
-    facts = host.host_facts("abacus", "1.0", tmp_path)
-    assert (facts.memory_bytes, facts.gpu) == (None, None)
-    assert facts.versions["abacus"] == "1.0"
+    monkeypatch.setattr(system.shutil, "which", lambda _: None)
+    noise = system.NoiseMeter(tmp_path).read()
+    assert (noise["steal_ratio"], noise["waiting_ratio"], noise["others_ratio"]) == (None, None, None)
+    facts = system.host_facts(tmp_path)
+    assert (facts["memory_bytes"], facts["gpu"]) == (None, None)
+    assert set(system.SystemMeter(tmp_path).read().values()) == {None}
+    assert system.bytes_read_from_storage(tmp_path) is None
+
+
+def test_energy_clock_and_temperature_as_sysfs_tells_them(tmp_path):
+    def write(name, text):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    write("class/powercap/intel-rapl:0/energy_uj", "1000000\n")
+    write("class/powercap/intel-rapl:0:0/energy_uj", "999\n")  # a part of the package, counted in it
+    write("class/thermal/thermal_zone0/temp", "41000\n")
+    write("class/thermal/thermal_zone1/temp", "39000\n")
+    write("devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", "1500000\n")
+    meter = system.SystemMeter(tmp_path)
+    write("class/powercap/intel-rapl:0/energy_uj", "3500000\n")
+    write("class/thermal/thermal_zone1/temp", "52000\n")
+    write("devices/system/cpu/cpu0/cpufreq/scaling_cur_freq", "2400000\n")
+    assert meter.read() == {
+        "energy_j": 2.5,
+        "clock_hz_min": 1.5e9,
+        "clock_hz_max": 2.4e9,
+        "temperature_c_start": 41.0,
+        "temperature_c_end": 52.0,
+    }
+    write("class/powercap/intel-rapl:0/energy_uj", "7\n")
+    assert meter.read()["energy_j"] is None  # it began anew
 
 
 @pytest.mark.parametrize(
@@ -87,27 +137,31 @@ def test_what_the_system_does_not_say_is_none(tmp_path, monkeypatch):
     ],
 )
 def test_the_cpus_name(tmp_path, cpuinfo, name):
-    facts = host.host_facts("abacus", "1.0", _proc(tmp_path, cpuinfo=cpuinfo))
-    assert facts.cpu == name
-    assert facts.memory_bytes == 1024000
-    assert facts.cores == len(os.sched_getaffinity(0))
+    facts = system.host_facts(_proc(tmp_path, cpuinfo=cpuinfo))
+    assert facts["cpu"] == name
+    assert facts["memory_bytes"] == 1024000
+    assert facts["cores"] == len(os.sched_getaffinity(0))
 
 
-def test_the_prompt_is_the_same_each_time_and_within_the_vocabulary(decoder):
-    with open_session(decoder, threads=1) as session:
-        work = writer(session, Workload(prompt_tokens=8, new_tokens=4, repeats=1, batch_size=2))
-        cache, logits = work.start()
-        assert (logits.shape, cache.lengths.tolist(), cache.max_length) == ((2, 1, 300), [8, 8], 12)
-        again = work.start()[1]
-        assert logits.tobytes() == again.tobytes()
-        work.step(cache, logits)
-        assert cache.lengths.tolist() == [9, 9]
+def test_tensors_are_read_without_a_library(tmp_path):
+    arrays = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "ids": np.asarray([[1, 2]], np.int64),
+        "codes": np.asarray([-1, 5], np.int8),
+        "none": np.zeros((0, 4), np.float32),
+    }
+    save_file(arrays, tmp_path / "t.safetensors")
+    found = runner.read_tensors(tmp_path / "t.safetensors")
+    assert found.keys() == arrays.keys()
+    for name, value in arrays.items():
+        assert np.array_equal(found[name], value)
+        assert found[name].dtype == value.dtype
 
 
 def test_texts_are_as_long_as_asked_or_as_the_model_takes(classifier):
     with open_session(classifier, threads=1) as session:
         for wanted, length in ((5, 5), (500, 12)):
-            inputs = example_inputs(session, "model", Workload(wanted, 1, 1, batch_size=3))
+            inputs = example_inputs(session, "model", Workload((wanted,), 1, 1, batch_size=3))
             assert {name: value.shape for name, value in inputs.items()} == {
                 "input_ids": (3, length),
                 "attention_mask": (3, length),
@@ -122,34 +176,68 @@ def test_an_axis_of_unknown_length_is_refused_unless_a_golden_knows_it(classifie
         odd = {"input_ids": TensorInfo("input_ids", np.dtype(np.int64), ("batch", "frames"))}
         monkeypatch.setattr(type(session), "inputs", lambda *_: odd)
         golden = session.bundle.golden("a")
-        found = example_inputs(session, "model", Workload(4, 1, 1))
+        found = example_inputs(session, "model", Workload((4,), 1, 1))
         assert found["input_ids"].tobytes() == golden.inputs["input_ids"].tobytes()
         odd["noise"] = TensorInfo("noise", np.dtype(np.float32), ("batch", None))
         with pytest.raises(ProfileError) as caught:
-            example_inputs(session, "model", Workload(4, 1, 1))
+            example_inputs(session, "model", Workload((4,), 1, 1))
     assert str(caught.value) == (
         "the length of axis 'frames' of the model's input is not known, and no golden says it\n"
         "Hint: add an adapter (its golden holds an input), or export with axes named batch, seq, height, width"
     )
 
 
+class Watched:
+    """An engine that notes what was active, and answers with zeros."""
+
+    def __init__(self):
+        self.seen = []
+
+    def open(self):
+        self.seen.append("open")
+
+    def use(self, adapter):
+        self.seen.append(adapter)
+
+    def start(self, ids, capacity):
+        assert capacity == ids.shape[1] + 2
+        return np.zeros((len(ids), 7), np.float32)
+
+    def step(self, ids):
+        assert ids.shape == (1, 1)
+        return np.zeros((1, 7), np.float32)
+
+
 @pytest.mark.parametrize("active", [None, "a"])
-def test_tax_and_swap_leave_the_main_adapter_active(decoder, active):
-    seen = []
+def test_tax_and_swap_leave_the_main_adapter_active(active):
+    engine = Watched()
+    job = {
+        "decoder": {"vocab_size": 7},
+        "workload": {"prompt_tokens": [4, 9], "new_tokens": 2, "repeats": 1, "batch_size": 1, "swaps": 1},
+        "inputs": {},
+        "checks": [],
+        "adapters": {"a": {}, "b": {}},
+        "active": active,
+        "tax_adapter": "b",
+    }
+    found = {}
+    runner.measure_speed(engine, job, {}, found)
+    assert engine.seen[:2] == ["open", active]
+    assert engine.seen[2:9] == [None, "b", None, "b", "b", None, active]  # warm-up, two pairs in turned order, restored
+    assert engine.seen[-1] == active
+    assert {name: len(taken) for name, taken in found["ttft_s"].items()} == {"4": 1, "9": 1}
+    assert len(found["latency_s"]) == 2
+    assert len(found["tax"]["base_s"]) == len(found["tax"]["active_s"]) == 2
+    assert (found["tax"]["idle_s"], found["swap"]["from_disk_s"], found["swap"]["blend_s"]) == (None, None, None)
 
-    def opened():
-        session = open_session(decoder, threads=1)
-        use = session.use
 
-        def watched(adapter):
-            seen.append(adapter)
-            use(adapter)
-
-        session.use = watched
-        return session
-
-    found = measure_speed(opened, Workload(4, 2, 1), active, "b")
-    assert seen[0] == active
-    assert seen[-1] == active
-    assert seen[1:8] == [None, "b", None, "b", "b", None, active]  # warm-up, two pairs in turned order, restored
-    assert len(found.tax_base_s) == len(found.tax_adapter_s) == 2
+@pytest.mark.parametrize(("got", "same"), [([[1.0, 2.0]], True), ([[2.0, 1.0]], False)])
+def test_a_gap_is_relative_to_the_largest_expected_value(got, same):
+    wanted = np.asarray([[1.0, 4.0]])
+    row = runner._gap([(wanted, wanted), (np.asarray(got), wanted)])
+    largest = max(abs(np.asarray(got) - wanted)[0])
+    assert row == {"max_abs_error": largest, "relative_error": largest / 4, "same_top1": same}
+    with pytest.raises(ValueError, match="NaN"):
+        runner._gap([(np.asarray([[np.nan, 1.0]]), wanted)])
+    with pytest.raises(ValueError, match="the runtime gave"):
+        runner._gap([(wanted[:, :1], wanted)])

@@ -13,7 +13,8 @@ import pytest
 from edgeadapt.device import Device
 from edgeadapt.errors import BundleError, ProfileError
 from edgeadapt.fields import from_mapping
-from edgeadapt.profiling import Profile, profile, rows
+from edgeadapt.profiling import Profile, launch, profile, rows
+from edgeadapt.profiling.figures import Prefill
 from edgeadapt.runtime import ort
 
 SMALL = {"threads": 1, "prompt_tokens": 8, "new_tokens": 5, "repeats": 2}
@@ -34,25 +35,27 @@ def test_a_decoders_figures_follow_from_its_samples(of_decoder):
     assert (found.bundle, found.task, found.adapter, found.threads) == ("a decoder.bundle", "text-generation", "b", 1)
     samples = found.samples
     assert {name: len(values) for name, values in samples.items()} == {
-        "ttft_s": 2,
+        "ttft_8_s": 2,
         "latency_s": 10,
         "tax_base_s": 4,
-        "tax_adapter_s": 4,
+        "tax_active_s": 4,
+        "tax_idle_s": 4,
         "swap_resident_s": 10,
-        "swap_disk_s": 10,
+        "swap_from_disk_s": 10,
+        "swap_blend_s": 10,
     }
     assert all(value > 0 for values in samples.values() for value in values)
-    assert found.ttft_s == median(samples["ttft_s"])
-    assert found.prefill_tokens_per_s == pytest.approx(8 / median(samples["ttft_s"]))
+    assert found.ttft_s == median(samples["ttft_8_s"])
+    assert found.prefill_tokens_per_s == pytest.approx(8 / median(samples["ttft_8_s"]))
     answers = [sum(samples["latency_s"][:5]), sum(samples["latency_s"][5:])]
     assert found.decode_tokens_per_s == pytest.approx(5 / median(answers))
     percentiles = [found.latency_p50_s, found.latency_p90_s, found.latency_p95_s, found.latency_p99_s]
     assert percentiles == pytest.approx(np.percentile(samples["latency_s"], [50, 90, 95, 99]))
-    pairs = zip(samples["tax_adapter_s"], samples["tax_base_s"], strict=True)
+    pairs = zip(samples["tax_active_s"], samples["tax_base_s"], strict=True)
     assert found.adapter_tax.ratio == pytest.approx(median(a / b for a, b in pairs))
     assert (found.adapter_tax.adapter, found.swap.adapter) == ("b", "b")
     assert found.swap.resident_s == median(samples["swap_resident_s"])
-    assert found.swap.from_disk_s == median(samples["swap_disk_s"])
+    assert found.swap.from_disk_s == median(samples["swap_from_disk_s"])
     assert found.load_time_s > 0
     assert found.process_start_s > 0
     assert found.first_run_s > 0
@@ -82,8 +85,8 @@ def test_host_and_versions(of_decoder):
     host = of_decoder.host
     assert host.cores >= 1
     assert host.machine
-    assert set(host.versions) == {"edgeadapt", "python", "numpy", "onnxruntime"}
-    assert host.versions["onnxruntime"] == ort.version()
+    assert set(host.versions) == {"edgeadapt", "python", "numpy", "session"}
+    assert host.versions["session"] == ort.version()
 
 
 def test_a_single_pass_has_no_tokens(of_classifier):
@@ -95,12 +98,12 @@ def test_a_single_pass_has_no_tokens(of_classifier):
     assert len(found.samples["latency_s"]) == 20
     assert found.adapter_tax.adapter == "a"
     assert len(found.samples["tax_base_s"]) == 4
-    assert "ttft_s" not in found.samples
+    assert "ttft_8_s" not in found.samples
 
 
 def test_a_seq2seq_model_without_adapters(seq2seq):
     found = profile(seq2seq, **SMALL)
-    assert found.ttft_s == median(found.samples["ttft_s"])
+    assert found.ttft_s == median(found.samples["ttft_8_s"])
     assert found.prefill_tokens_per_s is None
     assert found.decode_tokens_per_s > 0
     assert (found.adapter_tax, found.swap) == (None, None)
@@ -128,27 +131,37 @@ def test_json_there_and_back(name, request):
 
 def test_rows_for_people(of_decoder, of_classifier):
     figures = [row["figure"] for row in rows(of_decoder)]
-    assert figures == [
+    cold = ["load, files only on storage"] if of_decoder.cold_load_time_s is not None else []
+    system = ("energy while timing", "clock", "temperature")
+    assert [name for name in figures if name not in system] == [
         "process start",
         "load",
+        *cold,
         "first run",
         "time to first token (8 prompt tokens)",
-        "prefill",
+        "prefill (8 prompt tokens)",
         "decode (5 new tokens)",
         "latency per token, p50 / p90 / p95 / p99",
         "time with adapter b against none",
+        "time with adapters in place, none active",
         "swap to b, from memory / from disk",
+        "swap to a blend with b",
         "memory before load",
         "memory after load",
         "memory after a run",
+        "of it the process's own",
+        "of it mapped files",
         "memory at peak",
         "key-value cache, for each token",
         "memory that adapter a adds",
         "size on disk",
         "adapter a on disk",
         "adapter b on disk",
+        "answer of the base against its golden",
+        "answer of a against its golden",
+        "answer of b against its golden",
     ]
-    assert "prefill" not in [row["figure"] for row in rows(of_classifier)]
+    assert not any(row["figure"].startswith("prefill") for row in rows(of_classifier))
     assert of_classifier.memory.kv_cache_bytes_per_token is None
     nothing = dataclasses.replace(of_decoder.memory, peak_resident_bytes=None)
     fewer = [row["figure"] for row in rows(dataclasses.replace(of_decoder, memory=nothing))]
@@ -160,8 +173,7 @@ def test_values_have_units_that_people_read(of_decoder):
         of_decoder,
         load_time_s=1.234,
         first_run_s=0.01234,
-        ttft_s=0.00001234,
-        prefill_tokens_per_s=1234.5,
+        prefills=(Prefill(8, 0.00001234, 1234.5),),
         adapter_tax=dataclasses.replace(of_decoder.adapter_tax, ratio=1.125),
         sizes=dataclasses.replace(of_decoder.sizes, total_bytes=12_345_678, by_adapter_bytes={"a": 1234}),
         memory=dataclasses.replace(of_decoder.memory, further_adapters_resident_bytes={"a": -8192}),
@@ -170,7 +182,7 @@ def test_values_have_units_that_people_read(of_decoder):
     assert shown["load"] == "1.23 s"
     assert shown["first run"] == "12.3 ms"
     assert shown["time to first token (8 prompt tokens)"] == "12.3 µs"
-    assert shown["prefill"] == "1234 tokens/s"
+    assert shown["prefill (8 prompt tokens)"] == "1234 tokens/s"
     assert shown["time with adapter b against none"] == "+12.5%"
     assert shown["size on disk"] == "12.3 MB"
     assert shown["adapter a on disk"] == "1.2 kB"
@@ -217,7 +229,7 @@ def test_an_unknown_adapter_or_runtime_is_refused(decoder):
     assert str(caught.value) == f"{decoder} has no adapter 'c'\nHint: adapters of this bundle: a, b"
     with pytest.raises(ProfileError) as caught:
         profile(decoder, runtime="abacus", **SMALL)
-    assert str(caught.value) == "unknown runtime 'abacus'\nHint: known: onnxruntime"
+    assert str(caught.value) == "unknown runtime 'abacus'\nHint: known: onnxruntime, session"
 
 
 def test_what_fails_in_the_child_is_told(decoder):
@@ -249,4 +261,72 @@ def test_a_child_that_hangs_is_an_error(decoder, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", str(hanging))
     with pytest.raises(ProfileError) as caught:
         profile(decoder, timeout_s=0.2, **SMALL)
-    assert str(caught.value) == "measuring speed took longer than 0.2 s\nHint: allow more time, or fewer repeats"
+    assert str(caught.value) == (
+        "runner.py took longer than 0.2 s on cpu (this machine) and was stopped there\n"
+        "Hint: allow more time, or fewer repeats or tokens"
+    )
+
+
+def test_onnxruntime_alone_gives_the_sessions_answers(decoder, classifier):
+    for bundle, adapters in ((decoder, ["a", "b"]), (classifier, ["a"])):
+        found = profile(bundle, runtime="onnxruntime", operators=True, **SMALL)
+        assert [check.adapter for check in found.checks if check.output == "logits"] == [None, *adapters]
+        assert all(check.relative_error < 1e-5 for check in found.checks)
+        assert found.swap.from_disk_s is None
+        assert found.failures == ()
+        assert found.sizes.model_bytes is None
+        assert any(row.adapter for row in found.operators)
+        assert not all(row.adapter for row in found.operators)
+
+
+def test_several_lengths_of_prompts(decoder):
+    found = profile(decoder, **(SMALL | {"prompt_tokens": [8, 16, 4]}))
+    assert [each.prompt_tokens for each in found.prefills] == [8, 16, 4]
+    assert found.ttft_s == found.prefills[0].ttft_s
+    assert len(found.samples["latency_s"]) == 10
+    with pytest.raises(ProfileError, match=r"prompt_tokens is \[8, 8\]"):
+        profile(decoder, **(SMALL | {"prompt_tokens": [8, 8]}))
+
+
+def test_operators_of_a_session_are_timed_by_onnxruntime(decoder):
+    found = profile(decoder, operators=True, **SMALL)
+    assert found.operators
+    assert list(found.operators) == sorted(found.operators, key=lambda row: -row.seconds)
+
+
+def test_a_sequence_to_sequence_model_needs_the_session(seq2seq):
+    with pytest.raises(ProfileError, match="measures bundles of one graph"):
+        profile(seq2seq, runtime="onnxruntime", **SMALL)
+
+
+def test_what_fails_after_the_timing_is_told_and_the_rest_kept(decoder, monkeypatch):
+    real = launch.measure
+
+    def measure(transport, place, what, **rest):
+        if what == "memory":
+            raise ProfileError("the device is lost", hint="plug it in")
+        return real(transport, place, what, **rest)
+
+    monkeypatch.setattr(launch, "measure", measure)
+    found = profile(decoder, **SMALL)
+    assert found.failures == ("memory: the device is lost",)
+    assert found.memory is None
+    assert found.decode_tokens_per_s > 0
+
+
+def test_the_quietest_try_is_reported(decoder, monkeypatch):
+    real, shares = launch.measure, iter([0.5, 0.3, 0.4])
+
+    def measure(transport, place, what, **rest):
+        samples = real(transport, place, what, **rest)
+        if what == "speed":
+            samples["noise"] |= {"steal_ratio": None, "waiting_ratio": None, "others_ratio": next(shares)}
+        return samples
+
+    monkeypatch.setattr(launch, "measure", measure)
+    found = profile(decoder, attempts=3, **SMALL)
+    assert [attempt.noise.others_ratio for attempt in found.attempts] == [0.5, 0.3, 0.4]
+    assert found.noise.others_ratio == 0.3
+    assert found.noisy
+    assert found.warnings[-1] == "other processes used 30% of the cores' time"
+    assert found.latency_p50_s == found.attempts[1].latency_p50_s
