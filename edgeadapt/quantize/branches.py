@@ -50,6 +50,8 @@ class Branches:
         self._wanted = wanted
         self._add_input = add_input
         self._inputs: dict[str, dict[str, ir.Value]] = {}
+        self._behind: dict[str, ir.Value] = {}
+        self._seen: set[str] = set()
         self.found: dict[str, frozenset[BranchKind]] = {}
 
     def add(
@@ -61,6 +63,8 @@ class Branches:
         modules: Mapping[str, TargetModule],
     ) -> ir.Value:
         """Return `y`, what lies behind `marker` so far, with all branches of its module added; each reads y itself.
+
+        Some read what lies behind modules before it, as noted.
 
         Raises:
             ExportError: if the module is computed together with others.
@@ -79,7 +83,8 @@ class Branches:
         result, x = y, marker.inputs[0]
         assert x is not None  # a marker has all its inputs
         for kind in sorted(self._wanted[site]):
-            place = Place(modules[site], marker, x, y, self._terms(kind, modules[site]), dict(kind.settings), nodes)
+            terms = self._terms(kind, modules[site])
+            place = Place(modules[site], marker, x, y, terms, dict(kind.settings), nodes, self._behind)
             added = form_module(kind.form).draw(place)
             _give(graph, place, kind.prefix(site))
             if place.settings.get("adds") == "activated":
@@ -89,17 +94,27 @@ class Branches:
         graph.insert_before(marker, nodes)
         return result
 
+    def note(self, sites: tuple[str, ...], result: ir.Value) -> None:
+        """Remember what lies behind a marker's module: for those after it. One that runs twice has no one output."""
+        if len(sites) == 1 and sites[0] not in self._seen:
+            self._behind[sites[0]] = result
+        else:
+            for site in sites:
+                self._behind.pop(site, None)
+        self._seen.update(sites)
+
     def _terms(self, kind: BranchKind, module: TargetModule) -> dict[str, ir.Value]:
         """Return the optional inputs: zeros, and none of them along an axis that has a name, are the identity.
 
         One output stands for any number.
         """
         prefix = kind.prefix(module.path)
+        shortest = getattr(form_module(kind.form), "SHORTEST", {})
         if prefix not in self._inputs:
             self._inputs[prefix] = {
                 term: self._add_input(
                     f"{prefix}.{term}",
-                    np.zeros([_default_length(axis) for axis in shape], np.float32),
+                    np.zeros([_default_length(axis, shortest) for axis in shape], np.float32),
                     [f"{prefix}.{axis}" if isinstance(axis, str) else axis for axis in shape],
                 )
                 for term, shape in branch_shapes(kind, module).items()
@@ -107,10 +122,26 @@ class Branches:
         return self._inputs[prefix]
 
 
-def _default_length(axis: int | str) -> int:
+def _default_length(axis: int | str, shortest: Mapping[str, int]) -> int:
     if isinstance(axis, int):
         return axis
-    return 1 if axis == OUTPUTS else 0
+    return 1 if axis == OUTPUTS else shortest.get(axis.rpartition(".")[2], 0)
+
+
+def check_roles(kinds: Mapping[str, frozenset[BranchKind]], role: str) -> None:
+    """Refuse branches that see whole texts in a decoder, which sees a text piece by piece.
+
+    Raises:
+        ExportError: naming the module.
+    """
+    for site, found in kinds.items():
+        for kind in found:
+            if role == "decoder" and getattr(form_module(kind.form), "WHOLE_TEXT", False):
+                raise ExportError(
+                    f"an adapter has a network ({kind.form}) beside module {site} that sees the whole text at once, "
+                    "and this model generates a text piece by piece",
+                    hint="export an encoder, such as a classifier, with --task",
+                )
 
 
 def branch_outputs(kind: BranchKind, site: str) -> dict[str, str]:

@@ -81,6 +81,7 @@ def lower(
             result = lowering.site(node, sites, terms, modules, varies=varies) if terms else _given(node, 1)
             result = beside.add(graph, node, sites, result, modules)
             result = further.add(graph, node, sites, result, modules)
+            further.note(sites, result)
         else:
             raise ExportError(f"unknown marker {node.op_type}", hint="this is a bug; please report it")
         _replace(graph, node, result)

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from edgeadapt.adapters.adapter import ResolvedAdapter, TargetModule
 from edgeadapt.errors import ExportError
 from edgeadapt.export.graph import Graph
-from edgeadapt.quantize.branches import branch_outputs, branch_shapes
+from edgeadapt.quantize.branches import branch_outputs, branch_shapes, check_roles
 from edgeadapt.quantize.join import join_products, joined_name
 from edgeadapt.quantize.kv_cache import is_scale, scale_name
 from edgeadapt.quantize.lower import Lowered, lower
@@ -98,6 +98,7 @@ def pack(
                 lowered[role] = found = lower(
                     *(slots_model, wanted, replaced, flexible, modules), bottlenecks=beside, branches=further
                 )
+                check_roles(found.branches, role)
                 if found.terms or found.parameters or found.bottlenecks or found.branches:
                     slots_name = f"graph/{role}.slots.onnx"
                     _save(slots_model, target / f"{role}.slots.onnx", store)

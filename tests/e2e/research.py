@@ -216,3 +216,76 @@ class Clips(nn.Module):
     def forward(self, clips: torch.Tensor) -> torch.Tensor:
         tokens = self.tower(clips.flatten(0, 1)).last_hidden_state
         return self.classifier(tokens[:, 0].view(-1, self.frames, tokens.shape[-1]).mean(dim=1))
+
+
+class KAdapter(nn.Module):
+    """Wang et al., "K-Adapter", arXiv 2002.01808: at each place h + Up(Transformer(Down h)), h with the output before.
+
+    Torch's own transformer layers, after their norms, in place of the authors' copy of BERT's.
+    """
+
+    def __init__(self, features: int, width: int, *, places: int, layers: int, heads: int) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(features, width) for _ in range(places))
+        self.up = nn.ModuleList(nn.Linear(width, features) for _ in range(places))
+        options = {"activation": "gelu", "batch_first": True, "dropout": 0.0}
+        self.encoders = nn.ModuleList(
+            nn.ModuleList(nn.TransformerEncoderLayer(width, heads, 2 * width, **options) for _ in range(layers))
+            for _ in range(places)
+        )
+
+    def forward(self, states: list[torch.Tensor]) -> torch.Tensor:
+        last = torch.zeros_like(states[0])
+        for state, down, encoder, up in zip(states, self.down, self.encoders, self.up, strict=True):
+            x = down(state + last)
+            for layer in encoder:
+                x = layer(x)
+            last = state + last + up(x)
+        return last
+
+    def part(self, place: int) -> dict[str, torch.Tensor]:
+        """Return one place's tensors under the names of the authors' code."""
+        found = {"down_project.weight": self.down[place].weight, "down_project.bias": self.down[place].bias}
+        found |= {"up_project.weight": self.up[place].weight, "up_project.bias": self.up[place].bias}
+        for index, layer in enumerate(self.encoders[place]):
+            state, prefix = dict(layer.state_dict()), f"encoder.layer.{index}"
+            for which in ("weight", "bias"):
+                thirds = state[f"self_attn.in_proj_{which}"].chunk(3)
+                names = zip(("query", "key", "value"), thirds, strict=True)
+                found |= {f"{prefix}.attention.self.{name}.{which}": third for name, third in names}
+                found |= {
+                    f"{prefix}.{theirs}.{which}": state[f"{ours}.{which}"]
+                    for ours, theirs in (
+                        ("self_attn.out_proj", "attention.output.dense"),
+                        ("norm1", "attention.output.LayerNorm"),
+                        ("linear1", "intermediate.dense"),
+                        ("linear2", "output.dense"),
+                        ("norm2", "output.LayerNorm"),
+                    )
+                }
+        return found
+
+
+class KnowledgeEncoder(nn.Module):
+    """A frozen RoBERTa whose last hidden state is joined with K-Adapters' outputs, as in the authors' `ETModel`.
+
+    join: one linear layer for one adapter; one for each and one over all of them; none where they are added
+    """
+
+    def __init__(self, inner: nn.Module, adapters: list[KAdapter], states: list[int], join: list[nn.Linear]) -> None:
+        super().__init__()
+        self.inner, self.states = inner, states
+        self.adapters, self.join = nn.ModuleList(adapters), nn.ModuleList(join)
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        result = self.inner(*args, **{**options, "output_hidden_states": True, "return_dict": True})
+        outputs = [adapter([result.hidden_states[index] for index in self.states]) for adapter in self.adapters]
+        result.last_hidden_state = self._joined(result.last_hidden_state, outputs)
+        return result
+
+    def _joined(self, hidden: torch.Tensor, outputs: list[torch.Tensor]) -> torch.Tensor:
+        if not self.join:
+            return hidden + torch.stack(outputs).sum(dim=0)
+        joined = zip(self.join, outputs, strict=False)
+        features = [layer(torch.cat([hidden, output], dim=-1)) for layer, output in joined]
+        return features[0] if len(features) == 1 else self.join[-1](torch.cat(features, dim=-1))

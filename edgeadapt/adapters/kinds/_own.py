@@ -93,10 +93,20 @@ def check_parts(adapter: Adapter, wanted: Mapping[str, int]) -> tuple[str, ...]:
     Raises:
         AdapterError: a tensor is missing, unknown, empty, of integers, or has another number of axes.
     """
+    return check_axes(
+        adapter, {f"{path}.{name}": axes for path in adapter.config["modules"] for name, axes in wanted.items()}
+    )
+
+
+def check_axes(adapter: Adapter, expected: Mapping[str, int]) -> tuple[str, ...]:
+    """Return warnings: none; there are the tensors `expected` (their numbers of axes), modules saved whole, none else.
+
+    Raises:
+        AdapterError: a tensor is missing, unknown, empty, of integers, or has another number of axes.
+    """
     for key, tensor in adapter.tensors.items():
         if 0 in tensor.shape or not tensor.dtype.startswith(("F", "BF")):
             raise _broken(adapter, f"tensor {key!r} is {tensor.dtype}{list(tensor.shape)}, not numbers")
-    expected = {f"{module}.{name}": axes for module in adapter.config["modules"] for name, axes in wanted.items()}
     _check_keys(adapter, set(expected))
     for key, axes in expected.items():
         if len(adapter.tensors[key].shape) != axes:
