@@ -22,6 +22,9 @@ FORMS = "edgeadapt.quantize.forms"
 _PRODUCT = "Mul"
 _ACTIVATIONS = ("Relu", "Gelu", "Tanh", "Sigmoid", "LeakyRelu", "HardSwish", "Clip", _PRODUCT)
 _PASSED = ("BatchNormalization", ADAPTER_SITE)
+_MOVES = ("Reshape", "Transpose")
+_ATTENTION_BIAS = 5
+"""The input of MultiHeadAttention that is added to its scores."""
 Shapes = Mapping[str, tuple[int | str, ...]]
 
 
@@ -87,8 +90,9 @@ class Branches:
             place = Place(modules[site], marker, x, y, terms, dict(kind.settings), nodes, self._behind)
             added = form_module(kind.form).draw(place)
             _give(graph, place, kind.prefix(site))
-            if place.settings.get("adds") == "activated":
-                _add_behind_activation(graph, marker, added, site)
+            where = place.settings.get("adds", "output")
+            if where in _ADD_ELSEWHERE:
+                _ADD_ELSEWHERE[str(where)](graph, marker, added, site)
             else:
                 result = place.add("Add", [result, added])
         graph.insert_before(marker, nodes)
@@ -187,3 +191,31 @@ def _next_activation(node: ir.Node) -> ir.Node | None:
     if len(users) == 2 and gates and products and gates[0].outputs[0] in products[0].inputs:
         return products[0]
     return None
+
+
+def _add_to_scores(graph: ir.Graph, marker: ir.Node, added: ir.Value, site: str) -> None:
+    """Add a value to the scores of the attention whose output a module reads."""
+    value = marker.inputs[0]
+    node = value.producer() if value is not None else None
+    while node is not None and node.op_type in _MOVES:
+        node = _producer(node, 0)
+    if node is not None and node.op_type == "MatMul":
+        node = _producer(node, 0)
+    index = {"Softmax": 0, "MultiHeadAttention": _ATTENTION_BIAS}.get("" if node is None else node.op_type)
+    scores = None if node is None or index is None or index >= len(node.inputs) else node.inputs[index]
+    if node is None or index is None or scores is None:
+        raise ExportError(
+            f"module {site} does not read an attention with a bias, to whose scores an adapter adds",
+            hint="this architecture is not supported yet for adapters of this kind",
+        )
+    total = ir.node("Add", [scores, added])
+    graph.insert_before(node, total)
+    node.replace_input_with(index, total.outputs[0])
+
+
+def _producer(node: ir.Node, index: int) -> ir.Node | None:
+    value = node.inputs[index]
+    return None if value is None else value.producer()
+
+
+_ADD_ELSEWHERE = {"activated": _add_behind_activation, "scores": _add_to_scores}

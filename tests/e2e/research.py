@@ -289,3 +289,69 @@ class KnowledgeEncoder(nn.Module):
         joined = zip(self.join, outputs, strict=False)
         features = [layer(torch.cat([hidden, output], dim=-1)) for layer, output in joined]
         return features[0] if len(features) == 1 else self.join[-1](torch.cat(features, dim=-1))
+
+
+class TaskFilm(nn.Module):
+    """Feature-wise linear modulation by a task's embedding: (1 + gamma) x + beta along the last axis."""
+
+    def __init__(self, size: int, features: int) -> None:
+        super().__init__()
+        self.gb_weights = nn.Linear(size, 2 * features)
+
+    def forward(self, embedding: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        scale, shift = self.gb_weights(embedding).split(x.shape[-1], dim=-1)
+        return x + x * scale + shift
+
+
+class TaskAttention(nn.Module):
+    """Bhattacharjee et al., arXiv 2308.12372, as the authors draw it: softmax(q k^T + A'(w_t)) v in a window of Swin's.
+
+    A' has FiLM of a learned matrix [tokens, tokens / blocks] in blocks on its diagonal, zeros elsewhere ("fill with
+    empty cells"); it is drawn here as a mask over copies side by side.
+    """
+
+    def __init__(self, inner: Any, size: int) -> None:
+        super().__init__()
+        self.inner = inner
+        tokens = inner.window_size[0] * inner.window_size[1]
+        self.blocks = size // tokens
+        width = -(-tokens // self.blocks)
+        self.taa_attn = TaskFilm(size, width)
+        self.random_weight_matrix = nn.Parameter(torch.zeros(tokens, width))
+        self.embedding: Any = None
+
+    def matrix(self) -> torch.Tensor:
+        rows = self.taa_attn(self.embedding, self.random_weight_matrix)
+        tokens, width = rows.shape
+        place = torch.arange(tokens) // width
+        copies = rows.repeat(1, self.blocks)[:, :tokens]
+        return torch.where(place[:, None] == place[None, :], copies, torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+        inner, (windows, tokens, _) = self.inner, x.shape
+        heads = inner.num_attention_heads
+        query, key, value = (
+            layer(x).view(windows, tokens, heads, -1).transpose(1, 2) for layer in (inner.query, inner.key, inner.value)
+        )
+        table = inner.relative_position_bias_table[inner.relative_position_index.view(-1)]
+        scores = query @ key.transpose(-1, -2) / inner.attention_head_size**0.5
+        scores = scores + table.view(tokens, tokens, heads).permute(2, 0, 1) + self.matrix()
+        if mask is not None:
+            pictures = windows // mask.shape[0]
+            scores = (scores.view(pictures, -1, heads, tokens, tokens) + mask[:, None]).view(scores.shape)
+        return ((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2),)
+
+
+class TaskNorm(nn.Module):
+    """A task-scaled norm of the same paper: the norm's gain goes through FiLM."""
+
+    def __init__(self, norm: nn.LayerNorm, size: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+        self.ln_weight_modulation = TaskFilm(size, norm.weight.shape[0])
+        self.embedding: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        centred = x - x.mean(dim=-1, keepdim=True)
+        scaled = centred / (centred.pow(2).mean(dim=-1, keepdim=True) + self.eps).sqrt()
+        return scaled * self.ln_weight_modulation(self.embedding, self.weight) + self.bias

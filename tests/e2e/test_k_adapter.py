@@ -15,6 +15,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_tensors
 from torch import nn
+from transformers.models.bert.modeling_bert import BertEncoder
 
 from edgeadapt.adapters import describe, read_adapters
 from edgeadapt.addition import add_adapter, verify_bundle
@@ -172,6 +173,23 @@ def test_inspect_tells_what_it_is(made: tuple[Path, dict[str | None, np.ndarray]
     assert (facts["width"], facts["layers"], facts["heads"]) == ({"min": 16, "max": 32}, 2, HEADS)
     assert facts["knowledge"] == ["factual", "linguistic"]
     assert facts["merge"]["exact"] is False
+
+
+def test_names_and_layers_are_those_of_bert() -> None:
+    """A part's encoder goes into transformers' own, whose names the authors' code has, and gives the same."""
+    adapter = research.randomized(research.KAdapter(64, 32, places=1, layers=2, heads=HEADS), 3, scale=0.1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": HEADS, "intermediate_size": 64}
+    config = transformers.BertConfig(**sizes, layer_norm_eps=1e-5, attn_implementation="eager")
+    encoder = BertEncoder(config).eval()
+    part = adapter.part(0)
+    encoder.load_state_dict(
+        {key.removeprefix("encoder."): value for key, value in part.items() if key.startswith("encoder.")}
+    )
+    state = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        narrow = encoder(nn.functional.linear(state, part["down_project.weight"], part["down_project.bias"]))[0]
+        expected = state + nn.functional.linear(narrow, part["up_project.weight"], part["up_project.bias"])
+        assert torch.allclose(adapter([state]), expected, atol=1e-5)
 
 
 WRONG = {
