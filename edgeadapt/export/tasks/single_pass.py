@@ -58,6 +58,9 @@ class _Single(torch.nn.Module):
 def inputs(base: BaseModel) -> tuple[dict[str, torch.Tensor], dict[str, Mapping[int, str]]]:
     """Return example inputs by name and the names of their varying axes, as optimum has them for the architecture.
 
+    A model of windows (Swin) is traced at its pictures' size: padding to whole windows, worked out for any size, takes
+    torch's exporter many minutes.
+
     Raises:
         ExportError: if optimum does not know the architecture or the task.
     """
@@ -81,4 +84,7 @@ def inputs(base: BaseModel) -> tuple[dict[str, torch.Tensor], dict[str, Mapping[
         sizes |= {"height": image, "width": image}
     dummies = config.generate_dummy_inputs(framework="pt", **sizes)
     example = {name: dummies[name] for name in config.inputs if name in dummies}
-    return example, {name: dict(config.inputs[name]) for name in example}
+    fixed = ("height", "width") if isinstance(getattr(base.config, "window_size", None), int) else ()
+    return example, {
+        name: {axis: said for axis, said in config.inputs[name].items() if said not in fixed} for name in example
+    }
