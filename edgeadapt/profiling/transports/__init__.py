@@ -54,9 +54,7 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def run(
-        self, arguments: Sequence[str], *, cwd: str, stdin: str = "", timeout_s: float | None = None
-    ) -> Completed:
+    def run(self, arguments: Sequence[str], *, cwd: str, stdin: str = "", timeout_s: float | None = None) -> Completed:
         """Run a program on the device, in a folder that `send` returned, and wait for its end.
 
         A program that cannot be started ends with 127 (not found) or 126, as in a shell. One that takes longer than

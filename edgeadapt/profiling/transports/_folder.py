@@ -46,6 +46,7 @@ class FolderTransport(Transport):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 link_or_copy(path, target / name)
         except OSError as error:
+            remove_tree(target)
             raise _failures.not_written(files, str(target), self.where, error.strerror or str(error)) from error
         return str(target)
 
