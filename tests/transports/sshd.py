@@ -92,11 +92,11 @@ class Sshd:
         )
         self.client_config.write_text("\n".join(lines) + "\n")
 
-    def drop_connections(self) -> int:
-        """Kill the processes that serve connections, but not what they started; return how many."""
+    def drop_connections(self, how: signal.Signals = signal.SIGKILL) -> int:
+        """Kill (or stop) the processes that serve connections, but not what they started; return how many."""
         found = [child for child in self._descendants() if child.name() in ("sshd", "sshd-session")]
         for child in found:
-            child.send_signal(signal.SIGKILL)
+            child.send_signal(how)
         return len(found)
 
     def connections(self) -> list[int]:

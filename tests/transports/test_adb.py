@@ -143,6 +143,19 @@ def test_no_failure_is_known_that_is_not_provoked():
     )
 
 
+def test_a_server_that_does_not_start(phone, monkeypatch):
+    """Another program has its port."""
+    monkeypatch.setattr(module, "CALL_S", 1.0)
+    address = phone().address
+    with socket.create_server(("127.0.0.1", int(os.environ["ANDROID_ADB_SERVER_PORT"]))):
+        assert str(refusal(named(address))) == (
+            "adb start-server took longer than 1 s\nHint: try by hand: adb start-server; if it hangs: adb kill-server"
+        )
+    monkeypatch.setenv("ANDROID_ADB_SERVER_PORT", "http")
+    error = refusal(named(address))
+    assert error.message.startswith("adb's server does not start: ")
+
+
 def test_a_phone_without_python_is_told_of_the_browser(adb):
     error = refusal(named(adb.device.address, interpreter="python-nowhere"))
     assert error.message.startswith(f"phone ({adb.device.address}) has no program 'python-nowhere' to run (")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def test_no_address():
     with pytest.raises(ProfileError) as caught:
         transports.connect(Device("pi", "a test", "cpu", transport="ssh"))
     assert str(caught.value) == (
-        "where the device 'pi' is, is not known\nHint: give --address user@host, or user@host:port"
+        "where the device 'pi' is, is not known\n"
+        "Hint: give --address user@host, or user@host:port; on the device itself, use --device cpu"
     )
 
 
@@ -206,6 +208,29 @@ def test_a_device_that_is_lost_while_a_program_runs(ssh, sshd, files, tmp_path):
     wait_until(lambda: ssh.left() == [], "the device removed its folder")
 
 
+def test_a_network_that_falls_silent(ssh, sshd, files, tmp_path, monkeypatch):
+    """Nothing ends the connection: the server's processes are only stopped, as behind a cable that was pulled."""
+    monkeypatch.setattr(module, "ALIVE_S", 1)
+    note = tmp_path / "pids"
+
+    def fall_silent() -> None:
+        pids_in(note)
+        assert sshd.drop_connections(signal.SIGSTOP) > 0
+
+    def work() -> None:
+        with ssh.connect() as transport:
+            folder = transport.send(files)
+            threading.Thread(target=fall_silent).start()
+            transport.run([transport.interpreter, "hang.py", str(note)], cwd=folder)
+
+    with pytest.raises(ProfileError, match=r"pi \(device\) was lost"):
+        work()
+    assert ssh.left() != []
+    sshd.drop_connections(signal.SIGCONT)
+    wait_until(lambda: ssh.left() == [], "the device removed its folder when it noticed")
+    wait_until(lambda: not any(map(runs, pids_in(note))), "the program and its child ended")
+
+
 def test_a_device_that_is_lost_before_files_come(ssh, sshd, files):
     transport = ssh.connect()
     assert sshd.drop_connections() > 0
@@ -254,15 +279,17 @@ def test_a_shell_that_greets_everybody(tmp_path, monkeypatch, files):
 
 
 def test_folders_of_a_device_that_went_down_are_removed_later(ssh):
-    """Nobody is left of the process that held the first; the second has an owner, the third is not ours."""
+    """Not those that have an owner, that another machine on the same disk made, or that are none of ours."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    for name, pid in (("edgeadapt-gone", gone.pid), ("edgeadapt-used", os.getpid())):
-        (ssh.temporary / name).mkdir()
-        (ssh.temporary / name / f".keeper-{pid}").touch()
+    here = os.uname().nodename
+    owners = {"gone": (gone.pid, here), "used": (os.getpid(), here), "other": (gone.pid, f"not-{here}")}
+    for name, (pid, node) in owners.items():
+        (ssh.temporary / f"edgeadapt-{name}").mkdir()
+        (ssh.temporary / f"edgeadapt-{name}" / f".keeper-{pid}-{node}").touch()
     (ssh.temporary / "edgeadapt-mine").mkdir()
     ssh.connect().close()
-    assert ssh.left() == ["edgeadapt-mine", "edgeadapt-used"]
+    assert ssh.left() == ["edgeadapt-mine", "edgeadapt-other", "edgeadapt-used"]
 
 
 def test_an_emulated_python_on_the_device_is_noticed(ssh, sysroot, tmp_path):

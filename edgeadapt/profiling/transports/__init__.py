@@ -7,7 +7,8 @@ step. The rest of the profiler knows these two names only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +72,15 @@ class Transport(ABC):
         Raises:
             ProfileError: if files may be left on the device.
         """
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Close this transport if the block fails: for the part of a constructor that has something to undo."""
+        try:
+            yield
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
 
     def __enter__(self) -> Self:
         return self

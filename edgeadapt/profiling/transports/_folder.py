@@ -6,8 +6,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from edgeadapt.errors import ProfileError
@@ -64,15 +63,6 @@ class FolderTransport(Transport):
     def probe(self, arguments: Sequence[str]) -> Completed:
         """Run a program that answers soon."""
         return self.run(arguments, cwd=str(self.folder), timeout_s=_PROBE_S)
-
-    @contextmanager
-    def closed_on_error(self) -> Iterator[None]:
-        """Close this transport if the block fails."""
-        try:
-            yield
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
 
 
 def link_or_copy(source: Path, target: Path) -> None:

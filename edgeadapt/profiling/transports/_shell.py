@@ -14,19 +14,24 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 
+from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
-from edgeadapt.profiling.transports import Completed, _failures
+from edgeadapt.profiling.transports import Completed, Transport, _failures
 from edgeadapt.profiling.transports._process import decoded, end_process, run_process, start_process
+from edgeadapt.profiling.transports._python import check_machine, machine_of
+from edgeadapt.profiling.transports._tar import send_tar
 
 _HELLO = "edgeadapt-keeper"
 _START_S, _PROBE_S, _ANSWER_S, _REMOVE_S = 60.0, 120.0, 20.0, 60.0
 
 # Each line is whole: they are joined with spaces, since csh takes no newline inside quotes. The folder is on a disk
-# where there is one: /tmp is memory on many devices. Folders of keepers that died with their machine are removed.
+# where there is one: /tmp is memory on many devices. Folders of keepers that died with their machine are removed
+# (by its name: containers may share a disk).
 # A process that runs is an empty file NUMBER-PID, which a full disk still takes. Its shell leads a process group (sshd
 # and adbd make a session for each command), so that all that it started is killed with it. One that was just killed
 # may still finish a file: the folder is removed once more.
@@ -35,8 +40,10 @@ LC_ALL=C; export LC_ALL; umask 077; trap "" HUP INT PIPE TERM;
 for base in "${TMPDIR:-}" /data/local/tmp /var/tmp /tmp;
 do if [ -n "$base" ] && [ -d "$base" ] && [ -w "$base" ]; then break; fi; done;
 for old in "$base"/edgeadapt-*/.keeper-*;
-do pid=${old##*-}; if [ -f "$old" ] && ! kill -0 "$pid" 2>/dev/null; then rm -rf "${old%/*}"; fi; done;
-root=$(mktemp -d "$base/edgeadapt-XXXXXXXX") && mkdir "$root/.running" && touch "$root/.keeper-$$" || exit 1;
+do pid=${old##*/.keeper-}; if [ "${pid#*-}" = "$(uname -n)" ] && ! kill -0 "${pid%%-*}" 2>/dev/null;
+then rm -rf "${old%/*}"; fi; done;
+root=$(mktemp -d "$base/edgeadapt-XXXXXXXX") && mkdir "$root/.running" || exit 1;
+touch "$root/.keeper-$$-$(uname -n)" || exit 1;
 echo "edgeadapt-keeper $(uname -m) $root";
 halt() { touch "$root/.running/$1.stop";
 for file in "$root/.running/"$1-*; do pid=${file##*-};
@@ -52,6 +59,7 @@ class Shell:
     """A folder on the device, and programs that run beside it.
 
     machine: what `uname -m` says; folder: its path there
+    program: returns the program of this machine that runs a line of shell there
     """
 
     def __init__(
@@ -72,7 +80,7 @@ class Shell:
         Raises:
             ProfileError: if the device cannot be reached or has no writable folder.
         """
-        self._command = command
+        self.program = command
         self._where = where
         self._mark = secrets.token_hex(8)
         self._runs = 0
@@ -134,7 +142,7 @@ class Shell:
         """
         if not self.alive:
             raise _failures.lost(self._where)
-        done = run_process(self._command(line), stdin=stdin, timeout_s=timeout_s)
+        done = run_process(self.program(line), stdin=stdin, timeout_s=timeout_s)
         if done.returncode != 0:
             self.require_alive()
         return done
@@ -212,6 +220,74 @@ class Shell:
                 hint="free some space there, or point TMPDIR on the device to a folder that its user may write to",
             )
         raise explain(text)
+
+
+class ShellTransport(Transport):
+    """A transport whose constructor calls `open`, inside `closed_on_error`.
+
+    where: the device in messages
+    """
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self._shell: Shell | None = None
+        self._folders = 0
+
+    def open(
+        self,
+        device: Device,
+        keep: Callable[[str], Sequence[str]],
+        command: Callable[[str], Sequence[str]],
+        explain: Callable[[str], ProfileError],
+        *,
+        without_python: str = "",
+    ) -> None:
+        """Start the keeper (see `Shell`) and check the device's Python (see `machine_of`).
+
+        Raises:
+            ProfileError: if the device cannot be reached, or is not what its file says.
+        """
+        self._shell = Shell(keep, command, self.where, explain)
+        self.interpreter = device.interpreter or "python3"
+        self.machine = machine_of(self.interpreter, self.where, self._shell.probe, without_python=without_python)
+        check_machine(device, self.machine, self.where)
+        self.emulated = self.machine != self._shell.machine
+
+    @property
+    def shell(self) -> Shell:
+        """The keeper's shell, until `close`."""
+        assert self._shell is not None, "it is closed"
+        return self._shell
+
+    def send(self, files: Mapping[str, Path]) -> str:
+        """Copy files into a fresh folder; half of them do not stay."""
+        _failures.check_files(files)
+        if not self.shell.alive:
+            raise _failures.lost(self.where)
+        self._folders += 1
+        folder = f"{self.shell.folder}/{self._folders}"
+        complaints = self.fill(folder, files)
+        if complaints is not None:
+            self.shell.require_alive()
+            self.shell.command(f"rm -rf {shlex.quote(folder)}")
+            raise _failures.not_written(files, folder, self.where, complaints)
+        return folder
+
+    def fill(self, folder: str, files: Mapping[str, Path]) -> str | None:
+        """Make a folder of these files, here by tar; return what the device complained of if it did not take them."""
+        quoted = shlex.quote(folder)
+        unpack = f"LC_ALL=C; export LC_ALL; mkdir {quoted} && exec tar -xf - -C {quoted}"
+        return send_tar(files, self.shell.program(f"exec sh -c {shlex.quote(unpack)}"))
+
+    def run(self, arguments: Sequence[str], *, cwd: str, stdin: str = "", timeout_s: float | None = None) -> Completed:
+        """Run a program in a shell of the device."""
+        return self.shell.run(arguments, cwd=cwd, stdin=stdin, timeout_s=timeout_s)
+
+    def close(self) -> None:
+        """End the keeper, which removes everything."""
+        shell, self._shell = self._shell, None
+        if shell is not None and not shell.close():
+            raise _failures.left_behind(shell.folder, self.where)
 
 
 def _signalled(status: int) -> int:

@@ -7,11 +7,9 @@ the phone's browser (`--device phone`).
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -21,15 +19,13 @@ from pathlib import Path
 
 from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
-from edgeadapt.profiling.transports import Completed, Transport, _failures
+from edgeadapt.profiling.transports import Transport, _failures
 from edgeadapt.profiling.transports._process import run_process
-from edgeadapt.profiling.transports._python import check_machine, machine_of
-from edgeadapt.profiling.transports._shell import Shell
+from edgeadapt.profiling.transports._shell import ShellTransport
 
 # How long a device may take until it is ready: on the first contact somebody has to unlock it and tap "Allow".
 READY_S = 20.0
-_CALL_S = 30.0
-_PORT = 5037
+CALL_S = 30.0
 
 # What adb says, what that means, and what to do.
 FAILURES = (
@@ -70,94 +66,75 @@ def connect(device: Device) -> Transport:
     return Adb(device)
 
 
-class Adb(Transport):
+class Adb(ShellTransport):
     """A shell on the device, its folder, and what has to be undone at the end."""
 
     def __init__(self, device: Device) -> None:
         program = shutil.which("adb")
         if program is None:
             raise ProfileError("there is no program adb here", hint="install it (Debian: apt install adb)")
+        super().__init__(f"{device.name} ({device.address or 'the only one of adb'})")
         self._program = program
         self._undo: list[Sequence[str]] = []
-        self._shell: Shell | None = None
-        self._folders = 0
-        self._where = f"{device.name} ({device.address or 'the only one of adb'})"
-        try:
-            if not _serves():
-                self._undo.append(("kill-server",))
-                self._adb("start-server")
+        with self.closed_on_error():
+            self._start_server()
             self._serial = device.address or self._only(device)
             if ":" in self._serial:
                 self._connect_network()
             self._wait_ready()
             self._check_features()
-            self._shell = Shell(self._further, self._further, self._where, partial(explain, where=self._where))
-            self.interpreter = device.interpreter or "python3"
             browser = ", or let the phone's browser run it: --device phone"
-            self.machine = machine_of(self.interpreter, self._where, self._shell.probe, without_python=browser)
-            check_machine(device, self.machine, self._where)
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        self.emulated = self.machine != self._shell.machine
+            explained = partial(explain, where=self.where)
+            self.open(device, self._shell_line, self._shell_line, explained, without_python=browser)
 
-    def send(self, files: Mapping[str, Path]) -> str:
-        """Push files one by one into folders made before."""
-        _failures.check_files(files)
-        assert self._shell is not None
-        self._folders += 1
-        folder = f"{self._shell.folder}/{self._folders}"
-        # adb push makes no folders for several files
+    def fill(self, folder: str, files: Mapping[str, Path]) -> str | None:
+        """Push files one by one into folders made before, which adb does not make for several files."""
         parents = sorted({f"{folder}/{name}".rpartition("/")[0] for name in files})
-        made = self._shell.command(f"mkdir -p {shlex.join(parents)}")
-        complaints = made.stderr if made.returncode != 0 else self._push(files, folder)
-        if complaints:
-            self._shell.require_alive()
-            self._shell.command(f"rm -rf {shlex.quote(folder)}")
-            raise _failures.not_written(files, folder, self._where, complaints)
-        return folder
-
-    def run(self, arguments: Sequence[str], *, cwd: str, stdin: str = "", timeout_s: float | None = None) -> Completed:
-        """Run a program in a shell of the device."""
-        assert self._shell is not None
-        return self._shell.run(arguments, cwd=cwd, stdin=stdin, timeout_s=timeout_s)
-
-    def close(self) -> None:
-        """End the keeper, which removes everything, and then what was started of adb."""
-        shell, self._shell = self._shell, None
-        undo, self._undo = self._undo, []
-        try:
-            removed = shell is None or shell.close()
-        finally:
-            for arguments in reversed(undo):
-                with suppress(ProfileError):
-                    self._adb(*arguments)
-        if shell is not None and not removed:
-            raise _failures.left_behind(shell.folder, self._where)
-
-    def _push(self, files: Mapping[str, Path], folder: str) -> str:
-        """Copy files until one fails, and return what adb said of that one."""
+        made = self.shell.command(f"mkdir -p {shlex.join(parents)}")
+        if made.returncode != 0:
+            return made.stderr
         for name, path in files.items():
             done = run_process(self._device("push", str(path), f"{folder}/{name}"))
             if done.returncode != 0:
                 said = done.stdout + done.stderr
                 return "\n".join(re.findall("adb: error: .*", said)) or said  # before a count of files
-        return ""
+        return None
+
+    def close(self) -> None:
+        """End the keeper, which removes everything, and then what was started of adb."""
+        undo, self._undo = self._undo, []
+        try:
+            super().close()
+        finally:
+            for arguments in reversed(undo):
+                with suppress(ProfileError):
+                    self._adb(*arguments)
 
     def _adb(self, *arguments: str) -> str:
         """Run adb itself and return what it said, to whichever stream: its exit status means little."""
         try:
-            done = run_process([self._program, *arguments], timeout_s=_CALL_S)
+            done = run_process([self._program, *arguments], timeout_s=CALL_S)
         except subprocess.TimeoutExpired as error:
             raise ProfileError(
-                f"adb {arguments[0]} took longer than {_CALL_S:g} s", hint="try by hand; else: adb kill-server"
+                f"adb {arguments[0]} took longer than {CALL_S:g} s",
+                hint=f"try by hand: adb {arguments[0]}; if it hangs: adb kill-server",
             ) from error
         return (done.stdout + done.stderr).strip()
+
+    def _start_server(self) -> None:
+        """Start adb's server if none runs; it then ends with this transport."""
+        said = self._adb("start-server")
+        if "started successfully" in said:
+            self._undo.append(("kill-server",))
+        elif said:
+            raise ProfileError(
+                f"adb's server does not start: {_failures.reason_in(said)}", hint="try by hand: adb start-server"
+            )
 
     def _device(self, *arguments: str) -> list[str]:
         return [self._program, "-s", self._serial, *arguments]
 
-    def _further(self, line: str) -> list[str]:
+    def _shell_line(self, line: str) -> list[str]:
         """Return the program that runs a line of shell on the device; without -T a tty would join the two outputs."""
         return self._device("shell", "-T", line)
 
@@ -171,7 +148,7 @@ class Adb(Transport):
                 hint=f"give --address with one of: {', '.join(found)}",
             )
         if not found:
-            raise explain("no devices", where=self._where)
+            raise explain("no devices", where=self.where)
         return str(found[0])
 
     def _connect_network(self) -> None:
@@ -189,7 +166,7 @@ class Adb(Transport):
         deadline = time.monotonic() + READY_S
         while (state := self._adb("-s", self._serial, "get-state")) != "device":
             if time.monotonic() > deadline:
-                raise explain(f"{self._retry()}\n{state}", where=self._where)
+                raise explain(f"{self._retry()}\n{state}", where=self.where)
             time.sleep(0.3)
             if "not found" in state:
                 self._retry()
@@ -201,7 +178,7 @@ class Adb(Transport):
         """Check that exit statuses come back, which the shell of an old Android does not send."""
         if "shell_v2" not in self._adb("-s", self._serial, "features").split():
             raise ProfileError(
-                f"the adb of {self._where} tells no exit status (before Android 7)", hint="use a newer Android"
+                f"the adb of {self.where} tells no exit status (before Android 7)", hint="use a newer Android"
             )
 
 
@@ -212,11 +189,3 @@ def explain(text: str, *, where: str) -> ProfileError:
         if re.search(pattern, text):
             return ProfileError(f"{message.format(where=where)} ({reason})", hint=hint)
     return ProfileError(f"adb does not reach {where}: {reason}", hint="try by hand: adb devices")
-
-
-def _serves() -> bool:
-    """Whether a server of adb runs here."""
-    port = int(os.environ.get("ANDROID_ADB_SERVER_PORT", _PORT))
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2):
-        return True
-    return False

@@ -11,24 +11,17 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shlex
 import shutil
-import subprocess
-import tarfile
-import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
-from edgeadapt.profiling.transports import Completed, Transport, _failures
-from edgeadapt.profiling.transports._process import decoded, end_process, start_process
-from edgeadapt.profiling.transports._python import check_machine, machine_of
-from edgeadapt.profiling.transports._shell import Shell
+from edgeadapt.profiling.transports import Transport, _failures
+from edgeadapt.profiling.transports._shell import ShellTransport
 
 CONNECT_S = 15
+ALIVE_S = 10  # a network that fell silent is noticed after three times as long
 # A socket's path may have 104 bytes on some systems: not below a long TMPDIR. ssh lets only this user use it.
 _SOCKETS = "/tmp"  # noqa: S108
 _ADDRESS = re.compile(
@@ -101,7 +94,7 @@ def connect(device: Device) -> Transport:
     return Ssh(device)
 
 
-class Ssh(Transport):
+class Ssh(ShellTransport):
     """One shared connection, and a folder on the machine that goes when it ends."""
 
     def __init__(self, device: Device) -> None:
@@ -110,9 +103,7 @@ class Ssh(Transport):
             raise ProfileError(
                 "there is no program ssh here", hint="install OpenSSH (Debian: apt install openssh-client)"
             )
-        where = f"{device.name} ({device.address})"
-        self._where = where
-        self._folders = 0
+        super().__init__(f"{device.name} ({device.address})")
         self._socket = Path(_SOCKETS, f"edgeadapt-ssh-{secrets.token_hex(8)}")
         config = os.environ.get("EDGEADAPT_SSH_CONFIG")
         self._target = (
@@ -121,54 +112,15 @@ class Ssh(Transport):
             *(("-p", port) if port else ()),
             host,
         )
-        self._shell: Shell | None = None
-        try:
-            self._shell = Shell(self._first, self._further, where, partial(_explain, where=where, host=host))
-            self.interpreter = device.interpreter or "python3"
-            self.machine = machine_of(self.interpreter, where, self._shell.probe)
-            check_machine(device, self.machine, where)
-        except BaseException as error:
-            self.__exit__(type(error), error, error.__traceback__)
-            raise
-        self.emulated = self.machine != self._shell.machine
-
-    def send(self, files: Mapping[str, Path]) -> str:
-        """Copy files as one tar stream."""
-        _failures.check_files(files)
-        assert self._shell is not None
-        if not self._shell.alive:
-            raise _failures.lost(self._where)
-        self._folders += 1
-        folder = f"{self._shell.folder}/{self._folders}"
-        quoted = shlex.quote(folder)
-        unpack = f"LC_ALL=C; export LC_ALL; mkdir {quoted} && exec tar -xf - -C {quoted}"
-        with tempfile.TemporaryFile() as said:
-            child = start_process(self._further(f"exec sh -c {shlex.quote(unpack)}"), stderr=said)
-            try:
-                _write_tar(child, files)
-                child.wait()
-            finally:
-                end_process(child)
-            said.seek(0)
-            complaints = decoded(said.read())
-        if child.returncode != 0:
-            self._shell.require_alive()
-            self._shell.command(f"rm -rf {quoted}")
-            raise _failures.not_written(files, folder, self._where, complaints)
-        return folder
-
-    def run(self, arguments: Sequence[str], *, cwd: str, stdin: str = "", timeout_s: float | None = None) -> Completed:
-        """Run a program over the shared connection."""
-        assert self._shell is not None
-        return self._shell.run(arguments, cwd=cwd, stdin=stdin, timeout_s=timeout_s)
+        with self.closed_on_error():
+            self.open(device, self._first, self._further, partial(_explain, where=self.where, host=host))
 
     def close(self) -> None:
         """End the keeper, which removes everything, and with it the connection."""
-        shell, self._shell = self._shell, None
-        removed = shell is None or shell.close()
-        self._socket.unlink(missing_ok=True)  # ssh removes it itself, unless it had to be killed
-        if shell is not None and not removed:
-            raise _failures.left_behind(shell.folder, self._where)
+        try:
+            super().close()
+        finally:
+            self._socket.unlink(missing_ok=True)  # ssh removes it itself, unless it had to be killed
 
     def _first(self, line: str) -> list[str]:
         """Return the program that opens the connection and runs a line there, and keeps both as long as it runs."""
@@ -176,8 +128,7 @@ class Ssh(Transport):
             "ControlMaster": "yes",
             "ControlPersist": "no",
             "ConnectTimeout": CONNECT_S,
-            # a lost network is noticed after half a minute, also when nothing is said
-            "ServerAliveInterval": 10,
+            "ServerAliveInterval": ALIVE_S,
             "ServerAliveCountMax": 3,
         }
         return ["ssh", *_COMMON, *(f"-o{name}={value}" for name, value in options.items()), *self._target, line]
@@ -192,7 +143,8 @@ def _parse(device: Device) -> tuple[str, str | None]:
     address = device.address
     if address is None:
         raise ProfileError(
-            f"where the device {device.name!r} is, is not known", hint="give --address user@host, or user@host:port"
+            f"where the device {device.name!r} is, is not known",
+            hint="give --address user@host, or user@host:port; on the device itself, use --device cpu",
         )
     found = _ADDRESS.fullmatch(address)
     if found is None:
@@ -208,20 +160,3 @@ def _explain(text: str, *, where: str, host: str) -> ProfileError:
         if re.search(pattern, text):
             return ProfileError(f"{message.format(where=where)} ({reason})", hint=hint.format(host=host))
     return ProfileError(f"ssh does not reach {where}: {reason}", hint=f"try by hand: ssh {host}")
-
-
-def _write_tar(child: subprocess.Popen[bytes], files: Mapping[str, Path]) -> None:
-    """Write files to a program as a tar stream; a program that ended before its end will say why."""
-    assert child.stdin is not None
-    # Two names of one file are two files there: `dereference` keeps tarfile from making the second one a link.
-    with (
-        suppress(BrokenPipeError),
-        tarfile.open(fileobj=child.stdin, mode="w|", format=tarfile.GNU_FORMAT, dereference=True) as archive,
-    ):
-        for name, path in files.items():
-            member = archive.gettarinfo(str(path), name)
-            member.mode, member.uid, member.gid, member.uname, member.gname = 0o644, 0, 0, "", ""
-            with path.open("rb") as content:
-                archive.addfile(member, content)
-    with suppress(BrokenPipeError):
-        child.stdin.close()
