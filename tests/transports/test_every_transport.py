@@ -112,6 +112,16 @@ def test_ctrl_c_stops_the_program_and_removes_everything(target, files, tmp_path
     assert target.left() == []
 
 
+def test_what_libraries_leave_behind_goes_too(target, files):
+    """ONNX Runtime 1.32 writes a file .ses beside other temporary files."""
+    code = "import tempfile; print(tempfile.mkdtemp())"
+    with target.connect() as transport:
+        done = transport.run([transport.interpreter, "-c", code], cwd=transport.send(files), timeout_s=100)
+        assert target.temporary in Path(done.stdout.strip()).parents
+        assert Path(done.stdout.strip()).is_dir()
+    assert target.left() == []
+
+
 def test_what_is_in_the_way_is_named(target, files, tmp_path):
     with target.connect() as transport:
         for name in ("../x", "/etc/x", "a//b", "a/./b", "", "a\\b"):
@@ -122,6 +132,19 @@ def test_what_is_in_the_way_is_named(target, files, tmp_path):
         with pytest.raises(ProfileError, match="there are no files to send"):
             transport.send({})
     transport.close()  # a second time: nothing happens
+
+
+def test_a_full_disk_of_this_machine(local, small_disk, files):
+    """Those of other devices are in their transports' tests."""
+    small_disk(local.temporary)
+    with local.connect() as transport:
+        with pytest.raises(ProfileError) as caught:
+            transport.send(files)
+        folder = transport.send({"small": files["tell.py"]})
+        assert transport.run(["cat", "small"], cwd=folder).returncode == 0
+    assert caught.value.message.startswith(f"the disk of it (this machine) is full: {local.temporary}/edgeadapt-")
+    assert caught.value.message.endswith(" (No space left on device)")
+    assert local.left() == []
 
 
 @pytest.mark.parametrize("kind", ["ssh", "adb"])

@@ -234,8 +234,8 @@ def test_a_network_that_falls_silent(ssh, sshd, files, tmp_path, monkeypatch):
 def test_a_device_that_is_lost_before_files_come(ssh, sshd, files):
     transport = ssh.connect()
     assert sshd.drop_connections() > 0
-    with pytest.raises(ProfileError, match=r"pi \(device\) was lost"), transport:
-        transport.send(files)
+    with transport, pytest.raises(ProfileError, match=r"pi \(device\) was lost"):
+        transport.send(files)  # leaving the block tells it no second time
     wait_until(lambda: ssh.left() == [], "the device removed its folder")
 
 

@@ -59,7 +59,8 @@ class Transport(ABC):
         """Run a program on the device, in a folder that `send` returned, and wait for its end.
 
         A program that cannot be started ends with 127 (not found) or 126, as in a shell. One that takes longer than
-        `timeout_s` seconds is killed there, with all that it started, as it is after any exception here.
+        `timeout_s` seconds is killed there, with all that it started, as it is after any exception here. Its TMPDIR is
+        a folder that goes with `close`, too.
 
         Raises:
             ProfileError: if it took longer, or the device is lost.
@@ -70,7 +71,7 @@ class Transport(ABC):
         """Stop what still runs on the device and remove what was sent. A second call does nothing.
 
         Raises:
-            ProfileError: if files may be left on the device.
+            ProfileError: if files may be left on the device, unless its loss was told before.
         """
 
     @contextmanager

@@ -50,8 +50,10 @@ class FolderTransport(Transport):
         return str(target)
 
     def run(self, arguments: Sequence[str], *, cwd: str, stdin: str = "", timeout_s: float | None = None) -> Completed:
+        environment = os.environ | {"TMPDIR": str(self.folder)}  # what libraries leave behind goes with it
+        command = [*self.before, *arguments]
         try:
-            return run_process([*self.before, *arguments], cwd=cwd, stdin=stdin, timeout_s=timeout_s)
+            return run_process(command, cwd=cwd, stdin=stdin, timeout_s=timeout_s, environment=environment)
         except subprocess.TimeoutExpired as error:
             raise _failures.too_slow(arguments, self.where, timeout_s or 0) from error
 

@@ -84,6 +84,7 @@ class Shell:
         self._where = where
         self._mark = secrets.token_hex(8)
         self._runs = 0
+        self._told_lost = False
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the keeper runs
         self._keeper = start_process(keep(f"exec sh -c {shlex.quote(_KEEPER)}"), stderr=self._stderr)
         self._lines: queue.Queue[str | None] = queue.Queue()
@@ -105,6 +106,7 @@ class Shell:
         self._runs += 1
         running = shlex.quote(f"{self.folder}/.running/{self._runs}")
         script = (
+            f"TMPDIR={shlex.quote(self.folder)}; export TMPDIR; "  # what libraries leave behind goes with it
             f"cd {shlex.quote(cwd)} && touch {running}-$$ && ! [ -e {running}.stop ] || exit 125; "
             f"echo {self._mark}; {shlex.join(arguments)}; status=$?; rm -f {running}-$$; echo {self._mark} $status"
         )
@@ -141,7 +143,7 @@ class Shell:
             subprocess.TimeoutExpired: if it took longer; only the program of this machine is gone then.
         """
         if not self.alive:
-            raise _failures.lost(self._where)
+            raise self.lost()
         done = run_process(self.program(line), stdin=stdin, timeout_s=timeout_s)
         if done.returncode != 0:
             self.require_alive()
@@ -155,10 +157,15 @@ class Shell:
         """
         with suppress(subprocess.TimeoutExpired):  # its end may be noticed a little later than that of a command
             self._keeper.wait(0.5)
-            raise _failures.lost(self._where)
+            raise self.lost()
+
+    def lost(self) -> ProfileError:
+        """Return the error that tells the loss of the device."""
+        self._told_lost = True
+        return _failures.lost(self._where)
 
     def close(self) -> bool:
-        """End the keeper; return whether it said that all is removed."""
+        """End the keeper; return whether it said that all is removed, or the loss of the device was told before."""
         if self._stderr.closed:
             return True
         try:
@@ -168,7 +175,7 @@ class Shell:
         finally:
             end_process(self._keeper)
             self._stderr.close()
-        return removed
+        return removed or self._told_lost
 
     def _read(self) -> None:
         assert self._keeper.stdout is not None
@@ -202,7 +209,7 @@ class Shell:
 
     def _stop(self, number: int) -> None:
         if not self._tell(f"stop {number}") or self._answer("stopped", _ANSWER_S) is None:
-            raise _failures.lost(self._where)
+            raise self.lost()
 
     def _greeted(self, explain: Callable[[str], ProfileError]) -> tuple[str, str]:
         """Return the keeper's machine and folder."""
@@ -263,7 +270,7 @@ class ShellTransport(Transport):
         """Copy files into a fresh folder; half of them do not stay."""
         _failures.check_files(files)
         if not self.shell.alive:
-            raise _failures.lost(self.where)
+            raise self.shell.lost()
         self._folders += 1
         folder = f"{self.shell.folder}/{self._folders}"
         complaints = self.fill(folder, files)

@@ -121,8 +121,10 @@ def test_another_python_of_this_machine(temporary, tmp_path):
 
 
 def test_a_simulated_device_claims_to_be_what_its_file_says(temporary, big):
-    with transports.connect(device("simulated", machine="aarch64")) as transport:
-        assert (transport.machine, transport.emulated) == ("aarch64", True)
+    with transports.connect(device("simulated")) as transport:
+        assert (transport.machine, transport.emulated) == (platform.machine(), False)
+    with transports.connect(device("simulated", machine="riscv64")) as transport:
+        assert (transport.machine, transport.emulated) == ("riscv64", True)
         folder = transport.send({"a": big})
         done = transport.run([transport.interpreter, "-c", "print(input())"], cwd=folder, stdin="x")
     assert done == Completed(0, "x\n", "")
@@ -167,14 +169,14 @@ def test_a_simulated_device_fails_when_it_is_told_to(temporary, big, address, me
     assert list(temporary.iterdir()) == []
 
 
-def test_a_lost_device_stays_lost_and_is_unsure_at_the_end(temporary, big):
-    transport = transports.connect(device("simulated", address="run:1:lost"))
-    folder = transport.send({"a": big})
-    for _ in range(2):
-        with pytest.raises(ProfileError, match="was lost"):
-            transport.run(["true"], cwd=folder)
-    with pytest.raises(ProfileError, match="did not confirm"):
-        transport.close()
+def test_a_lost_device_stays_lost_and_that_is_told_once(temporary, big):
+    """What was measured before can be kept: leaving the block is no further error."""
+    with transports.connect(device("simulated", address="run:1:lost")) as transport:
+        folder = transport.send({"a": big})
+        for _ in range(2):
+            with pytest.raises(ProfileError, match="was lost"):
+                transport.run(["true"], cwd=folder)
+    assert list(temporary.iterdir()) == []
     transport.close()
 
 
