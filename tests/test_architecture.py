@@ -28,7 +28,9 @@ def test_import_contracts_hold(root):
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("package", ["edgeadapt.adapters.kinds", "edgeadapt.quantize.schemes"])
+@pytest.mark.parametrize(
+    "package", ["edgeadapt.adapters.kinds", "edgeadapt.quantize.schemes", "edgeadapt.profiling.transports"]
+)
 def test_kinds_know_nothing_of_each_other(package):
     """A kind may share private modules ("_name") of its package, never another kind."""
     graph = grimp.build_graph("edgeadapt")

@@ -10,7 +10,7 @@ from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
 from edgeadapt.profiling.transports import Completed, _failures
 
-OLDEST = (3, 9)
+OLDEST = (3, 10)
 
 _PROBE = "import json, platform, sys, numpy; print(json.dumps([platform.machine(), *sys.version_info[:2]]))"
 
