@@ -36,7 +36,8 @@ def test_an_unknown_device_is_refused():
         read_device("rasberry-pi-5")
     assert caught.value.message == "unknown device 'rasberry-pi-5'"
     assert caught.value.hint == (
-        "did you mean 'raspberry-pi-5'? known: cpu, cuda, raspberry-pi-5; or give the path of a .toml file"
+        f"did you mean 'raspberry-pi-5'? known: {', '.join(settings.names('devices'))}; "
+        "or give the path of a .toml file"
     )
 
 
