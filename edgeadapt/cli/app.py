@@ -20,6 +20,7 @@ from edgeadapt.cli import (
     output,
     profile,
     remove,
+    report,
     run,
     verify,
 )
@@ -100,6 +101,7 @@ app.command("remove")(remove.remove)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("profile")(profile.profile)
+app.command("report")(report.report)
 app.command("list")(listing.listing)
 
 
