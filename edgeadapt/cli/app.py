@@ -11,6 +11,7 @@ import edgeadapt
 from edgeadapt.cli import (
     add,
     blend,
+    compare,
     convert,
     enroll,
     export,
@@ -101,6 +102,7 @@ app.command("remove")(remove.remove)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("profile")(profile.profile)
+app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("list")(listing.listing)
 
