@@ -25,6 +25,11 @@ _NO_OR_DI = (
     "itself needs add_adapter with a DiReftConfig before load_adapter)"
 )
 
+_WHOLE_TEXTS = (
+    "it acts on the first positions of a text, as in the library's forward over a whole text; with a key-value cache "
+    "the library takes each new token for the first one: compare with use_cache=False"
+)
+
 
 def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return warnings about an adapter's config.
@@ -47,7 +52,13 @@ def check_config(config: Mapping[str, Any]) -> tuple[str, ...]:
         )
     activation_of(config)
     unsaid = "subtract_projection" not in settings and not settings["orthogonality"]
-    return (_NO_OR_DI,) if unsaid else ()
+    return (*((_NO_OR_DI,) if unsaid else ()), *((_WHOLE_TEXTS,) if _writes(config) else ()))
+
+
+def _writes(config: Mapping[str, Any]) -> bool:
+    """Tell whether the adapter was trained in a model that writes texts."""
+    head = ((config.get("head") or {}).get("config") or {}).get("head_type")
+    return head == "causal_lm" or str(config.get("model_class")).endswith(("ForCausalLM", "LMHeadModel"))
 
 
 def _check_values(settings: Mapping[str, Any]) -> None:

@@ -185,7 +185,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     reasons = [part["merge"]["reason"] for part in parts if part["merge"]["exact"] == exact]
     return {
         "parts": parts,
-        "merge": {"exact": exact, "reason": "; ".join(reasons)},
+        "merge": {"exact": exact, "reason": "; ".join(dict.fromkeys(reasons))},
         "swap": {"possible": True, "reason": "; ".join(part["swap"]["reason"] for part in parts)},
         "needs_base_weights": any(part["needs_base_weights"] for part in parts),
     }

@@ -99,6 +99,18 @@ def test_a_file_that_may_be_direft_says_so(tmp_path: Path) -> None:
     assert describe(adapter)["subtract_projection"] is False
 
 
+def test_an_adapter_of_a_model_that_writes_says_what_to_compare_with(tmp_path: Path) -> None:
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    (adapter,) = read_adapters(save(llama, adapters.LoReftConfig(), tmp_path / "a"))
+    (warning,) = (warning for warning in adapter.warnings if "cache" in warning)
+    assert warning == (
+        "it acts on the first positions of a text, as in the library's forward over a whole text; with a key-value "
+        "cache the library takes each new token for the first one: compare with use_cache=False"
+    )
+    (other,) = read_adapters(save(bert(), adapters.LoReftConfig(), tmp_path / "b"))
+    assert not any("cache" in warning for warning in other.warnings)
+
+
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown": ({"magic": 1}, "magic is 1, a setting that edgeadapt does not know"),
     "flag": ({"tied_weights": 1}, "tied_weights is 1, not true or false"),
