@@ -1,0 +1,197 @@
+"""A phone without anything installed: headless Chromium with a phone's screen and a slow processor plays it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zxingcpp
+
+from edgeadapt.device import Device
+from edgeadapt.errors import ProfileError
+from edgeadapt.profiling import phone
+from edgeadapt.profiling.runtimes import web as runtime
+from edgeadapt.profiling.web.memory import processes_below
+from edgeadapt.profiling.web.visit import UnfinishedError
+
+DEVICE = Device("phone", "a phone", "wasm", runtime="web", threads=2)
+ENDLESS = {"prompt_tokens": [5], "new_tokens": 3, "repeats": 10**6, "batch_size": 1, "swaps": 1}
+pytestmark = pytest.mark.usefixtures("chromium")
+
+
+class Measuring:
+    """`phone.measure` in a thread, as the command line waits while somebody handles the phone."""
+
+    def __init__(self, job: Path, *, listen: str | None = None, address: str | None = None, timeout_s: float = 300):
+        self._invited = threading.Event()
+        self.stages: list[str] = []
+        self.found: Any = None
+
+        def announce(invitation: phone.Invitation) -> None:
+            self.invitation = invitation
+            self._invited.set()
+
+        def run() -> None:
+            try:
+                self.found = phone.measure(
+                    job, listen, address, timeout_s, announce, title="my bundle", progress=self.stages.append
+                )
+            except ProfileError as error:
+                self.found = error
+
+        self._thread = threading.Thread(target=run)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        assert self._invited.wait(60)
+        return self.invitation.url
+
+    def wait_for_texts(self) -> None:
+        """Wait until the phone has told of two texts at least, so that there are samples."""
+        end = time.monotonic() + 120
+        while sum(stage.startswith("texts (") for stage in self.stages) < 2:
+            assert time.monotonic() < end, self.stages
+            time.sleep(0.05)
+
+    def result(self) -> Any:
+        self._thread.join(300)
+        assert not self._thread.is_alive()
+        return self.found
+
+
+@pytest.fixture
+def pocket(devtools: Any) -> Callable[..., Any]:
+    """Make a phone's browser."""
+    return devtools.Phone
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_measures_and_shows_its_figures(decoder_job, samples_are_whole, pocket, tmp_path, dark):
+    measuring = Measuring(decoder_job(runtime, DEVICE))
+    with pocket(dark=dark) as browser:
+        browser.open(measuring.url)
+        text = browser.wait_for("Done")
+        ground = browser.value("getComputedStyle(document.body).backgroundColor")
+        width = browser.value("document.documentElement.scrollWidth")
+        browser.picture(_pictures(tmp_path) / f"phone-{'dark' if dark else 'light'}.png")
+    found = measuring.result()
+    samples_are_whole(found)
+    assert all(row["relative_error"] < 1e-5 for row in found["checks"])
+    assert found["threads"] == 2
+    assert found["machine"] is None
+    for words in ("my bundle", "Chromium", "Each further token", "tokens/s", "With adapter a", "You can close"):
+        assert words in text
+    assert ground == ("rgb(15, 20, 26)" if dark else "rgb(246, 247, 249)")
+    assert width == 390, "the page is wider than the phone's screen"
+    assert "first run" in measuring.stages
+
+
+def test_a_second_phone_is_refused_and_one_that_goes_away_is_an_error_that_keeps_what_it_measured(
+    decoder_job, pocket, tmp_path
+):
+    measuring = Measuring(decoder_job(runtime, DEVICE, workload=ENDLESS))
+    with pocket(slower=1) as browser, pocket(slower=1) as other:
+        browser.open(measuring.url)
+        measuring.wait_for_texts()
+        browser.picture(_pictures(tmp_path) / "phone-working.png")
+        other.open(measuring.url)
+        refused = other.wait_for("Another device is measuring")
+        assert "This address is for one visit, and that has begun. Run the command again." in refused
+        other.picture(_pictures(tmp_path) / "phone-refused.png")
+        assert measuring.found is None
+        for pid, kind in processes_below(browser.browser.pid):
+            if kind == "renderer":
+                os.kill(pid, signal.SIGKILL)
+        error = measuring.result()
+        assert isinstance(error, UnfinishedError)
+        assert error.message.startswith("the phone went away while it measured (texts (")
+        assert error.partial["partial"] == error.message
+        assert error.partial["latency_s"]
+        other.open(measuring.url)  # the address is over, nobody listens
+
+
+def test_a_page_that_is_left_says_so_at_once(decoder_job, pocket):
+    measuring = Measuring(decoder_job(runtime, DEVICE, workload=ENDLESS))
+    with pocket(slower=1) as browser:
+        browser.open(measuring.url)
+        browser.wait_for("Texts")
+        browser.open("about:blank")
+        error = measuring.result()
+    assert error.message.startswith("the phone closed the page while it measured (")
+
+
+def test_a_phone_that_nobody_waits_for_any_more_is_told(decoder_job, pocket):
+    measuring = Measuring(decoder_job(runtime, DEVICE, workload=ENDLESS), timeout_s=12)
+    with pocket(slower=1) as browser:
+        browser.open(measuring.url)
+        text = browser.wait_for("Stopped by the computer")
+    assert "The phone was not done within 12 s" in text
+    assert measuring.result().message.startswith("the phone was not done within 12 s (")
+
+
+def test_a_job_that_fails_on_the_phone_is_told_on_both_sides(decoder_job, pocket, tmp_path):
+    measuring = Measuring(decoder_job(runtime, DEVICE, tax_adapter="c"))
+    with pocket(slower=1) as browser:
+        browser.open(measuring.url)
+        text = browser.wait_for("This did not work")
+        browser.picture(_pictures(tmp_path) / "phone-failed.png")
+    assert "The job has no adapter c." in text
+    assert "It has a, b." in text
+    assert "FIGURES UNTIL THEN" in text
+    error = measuring.result()
+    assert (error.message, error.hint) == ("the job has no adapter c", "it has a, b")
+    assert len(error.partial["latency_s"]) == 6
+
+
+def test_over_the_network_one_thread_is_used_and_the_reason_noted(decoder_job, pocket):
+    """A name that is not localhost stands for another machine: browsers judge an address by its name."""
+    measuring = Measuring(decoder_job(runtime, DEVICE), listen="127.0.0.2")
+    assert measuring.url.startswith("http://127.0.0.2:")
+    assert "without encryption" in measuring.invitation.remark
+    with pocket(slower=1, flags=("--host-resolver-rules=MAP computer.test 127.0.0.2",)) as browser:
+        browser.open(measuring.url.replace("127.0.0.2", "computer.test"))
+        browser.wait_for("Done")
+    found = measuring.result()
+    assert found["threads"] == 1
+    assert any(note.startswith("1 thread instead of 2: browsers give a page") for note in found["notes"])
+
+
+def test_the_qr_code_is_the_address_and_fits_a_terminal(tmp_path):
+    url = "http://192.168.100.200:54321/abcdefghijklmnopqrstuvwx/"
+    lines = phone.qr_code(url).splitlines()
+    assert max(len(line) for line in lines) <= 40
+    assert _decoded(lines) == url
+
+
+def test_a_phone_that_adb_does_not_know_is_told(decoder_job):
+    if shutil.which("adb") is None:
+        pytest.skip("there is no program adb: scripts/install-web-tools could not install it")
+    with pytest.raises(ProfileError) as caught:
+        phone.measure(decoder_job(runtime, DEVICE), None, "0123456789ABCDEF", 5, lambda _: None)
+    assert caught.value.message.startswith("adb cannot open the page on 0123456789ABCDEF; it said: ")
+    assert "not found" in caught.value.message
+
+
+def _pictures(folder: Path) -> Path:
+    """Where screenshots go: to be looked at where the environment names a folder."""
+    named = Path(os.environ.get("EDGEADAPT_PICTURES", folder))
+    named.mkdir(parents=True, exist_ok=True)
+    return named
+
+
+def _decoded(lines: list[str]) -> str:
+    """Read a QR code as a camera would see it on a dark terminal."""
+    upper, lower = {"█", "▀"}, {"█", "▄"}
+    rows = [[255 * (character in bright) for character in line] for line in lines for bright in (upper, lower)]
+    image = np.kron(np.asarray(rows, np.uint8), np.ones((6, 6), np.uint8))
+    (found,) = zxingcpp.read_barcodes(image)
+    return str(found.text)
