@@ -120,3 +120,9 @@ def samples_are_whole() -> Callable[[dict[str, Any]], None]:
 def devtools() -> ModuleType:
     """The module devtools."""
     return _helper(Path(__file__).parent, "devtools")
+
+
+@pytest.fixture
+def pocket(devtools: Any) -> Callable[..., Any]:
+    """Make a phone's browser."""
+    return devtools.Phone

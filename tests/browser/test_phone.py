@@ -3,75 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import zxingcpp
 
-from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
 from edgeadapt.profiling import phone
 from edgeadapt.profiling.runtimes import web as runtime
 from edgeadapt.profiling.web.memory import processes_below
 from edgeadapt.profiling.web.visit import UnfinishedError
+from tests.browser.waiting import DEVICE, ENDLESS, Measuring
 
-DEVICE = Device("phone", "a phone", "wasm", runtime="web", threads=2)
-ENDLESS = {"prompt_tokens": [5], "new_tokens": 3, "repeats": 10**6, "batch_size": 1, "swaps": 1}
 pytestmark = pytest.mark.usefixtures("chromium")
-
-
-class Measuring:
-    """`phone.measure` in a thread, as the command line waits while somebody handles the phone."""
-
-    def __init__(self, job: Path, *, listen: str | None = None, address: str | None = None, timeout_s: float = 300):
-        self._invited = threading.Event()
-        self.stages: list[str] = []
-        self.found: Any = None
-
-        def announce(invitation: phone.Invitation) -> None:
-            self.invitation = invitation
-            self._invited.set()
-
-        def run() -> None:
-            try:
-                self.found = phone.measure(
-                    job, listen, address, timeout_s, announce, title="my bundle", progress=self.stages.append
-                )
-            except ProfileError as error:
-                self.found = error
-
-        self._thread = threading.Thread(target=run)
-        self._thread.start()
-
-    @property
-    def url(self) -> str:
-        assert self._invited.wait(60)
-        return self.invitation.url
-
-    def wait_for_texts(self) -> None:
-        """Wait until the phone has told of two texts at least, so that there are samples."""
-        end = time.monotonic() + 120
-        while sum(stage.startswith("texts (") for stage in self.stages) < 2:
-            assert time.monotonic() < end, self.stages
-            time.sleep(0.05)
-
-    def result(self) -> Any:
-        self._thread.join(300)
-        assert not self._thread.is_alive()
-        return self.found
-
-
-@pytest.fixture
-def pocket(devtools: Any) -> Callable[..., Any]:
-    """Make a phone's browser."""
-    return devtools.Phone
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -172,13 +118,11 @@ def test_the_qr_code_is_the_address_and_fits_a_terminal(tmp_path):
     assert _decoded(lines) == url
 
 
-def test_a_phone_that_adb_does_not_know_is_told(decoder_job):
-    if shutil.which("adb") is None:
-        pytest.skip("there is no program adb: scripts/install-web-tools could not install it")
-    with pytest.raises(ProfileError) as caught:
-        phone.measure(decoder_job(runtime, DEVICE), None, "0123456789ABCDEF", 5, lambda _: None)
-    assert caught.value.message.startswith("adb cannot open the page on 0123456789ABCDEF; it said: ")
-    assert "not found" in caught.value.message
+def test_a_machine_without_adb_says_how_to_get_it(decoder_job, monkeypatch, tmp_path):
+    job = decoder_job(runtime, DEVICE)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ProfileError, match="there is no program adb here"):
+        phone.measure(job, None, "0123456789ABCDEF", 5, lambda _: None)
 
 
 def _pictures(folder: Path) -> Path:
