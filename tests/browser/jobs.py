@@ -151,7 +151,7 @@ def _write(
         "active": None,
         "tax_adapter": "a",
         "others": [name for name in opened.adapter_names if name != changes.get("active")],
-        "notes": ["from the host"],
+        "notes": ["from the host", *models.notes],
         **changes,
     }
     if job["decoder"] is not None:

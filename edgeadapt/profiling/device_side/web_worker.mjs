@@ -71,7 +71,7 @@ async function graphicsAdapter(notes) {
 
 async function platform({ base, job, ort, found }) {
   const { provider, external_data: external = [] } = job.options;
-  const fetched = await fetchAhead(base, job, external, found);
+  const fetched = found.measure === "speed" ? await fetchAhead(base, job, external, found.notes) : new Map();
   const bytesOf = async (file) => fetched.get(file) ?? plainBytes(base, file);
   const openSession = async (file, presents) => {
     const settings = { executionProviders: [provider], graphOptimizationLevel: "all", logSeverityLevel: 3 };
@@ -104,7 +104,7 @@ async function platform({ base, job, ort, found }) {
 }
 
 // Fetches what loading opens, so that a load is timed without the network; says how long that took.
-async function fetchAhead(base, job, external, found) {
+async function fetchAhead(base, job, external, notes) {
   const kinds = job.active === null ? ["plain"] : ["plain", "slots"];
   const files = [...kinds.map((kind) => job.models[kind]), ...external];
   const start = seconds();
@@ -114,7 +114,7 @@ async function fetchAhead(base, job, external, found) {
     fetched.set(file, await plainBytes(base, file));
   }
   const size = [...fetched.values()].reduce((sum, bytes) => sum + bytes.length, 0);
-  if (found.measure === "speed") found.notes.push(`fetching the model's ${(size / 1e6).toFixed(1)} MB took ${(seconds() - start).toFixed(2)} s, which the load time does not include`);
+  notes.push(`fetching the model's ${(size / 1e6).toFixed(1)} MB took ${(seconds() - start).toFixed(2)} s, which the load time does not include`);
   return fetched;
 }
 
