@@ -11,30 +11,17 @@ import io
 import json
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import segno
 
+from edgeadapt.profiling.transports import Invitation
 from edgeadapt.profiling.web.packages import runtime_files
 from edgeadapt.profiling.web.server import Server
 from edgeadapt.profiling.web.usb import opened_on_android
 
 LOOPBACK = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class Invitation:
-    """What a person needs to open the page.
-
-    url: its address; qr_code: the same as a QR code of block characters, for a terminal, light on dark
-    remark: who can open it
-    """
-
-    url: str
-    qr_code: str
-    remark: str
 
 
 def measure(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zxingcpp
 
-from edgeadapt.errors import ProfileError
-from edgeadapt.profiling import phone
+from edgeadapt.device import read_device
+from edgeadapt.errors import ProfileError, UnfinishedError
+from edgeadapt.profiling import phone, profile
 from edgeadapt.profiling.runtimes import web as runtime
 from edgeadapt.profiling.web.memory import processes_below
-from edgeadapt.profiling.web.visit import UnfinishedError
 from tests.browser.waiting import DEVICE, ENDLESS, Measuring
 
 pytestmark = pytest.mark.usefixtures("chromium")
@@ -139,3 +142,48 @@ def _decoded(lines: list[str]) -> str:
     image = np.kron(np.asarray(rows, np.uint8), np.ones((6, 6), np.uint8))
     (found,) = zxingcpp.read_barcodes(image)
     return str(found.text)
+
+
+def test_a_profile_of_a_phone(decoder_bundle, pocket):
+    with pocket(slower=1) as browser:
+        found = profile(
+            decoder_bundle,
+            device="phone",
+            prompt_tokens=8,
+            new_tokens=4,
+            repeats=2,
+            announce=lambda invitation: browser.open(invitation.url),
+        )
+    assert found.decode_tokens_per_s > 0
+    assert found.device.transport == "phone"
+    assert {check.adapter for check in found.checks} == {None, "a", "b"}
+    assert found.failures == ()
+    assert "the browser of another device does not tell how much memory a page takes" in found.notes
+
+
+def test_a_phone_that_goes_away_leaves_a_profile_of_what_it_measured(decoder_bundle, pocket):
+    with pocket(slower=1) as browser:
+
+        def visit(invitation):
+            browser.open(invitation.url)
+            leaver.start()
+
+        def leave():
+            browser.wait_for("Texts")
+            time.sleep(3)  # the page tells of its samples every second or so
+            browser.open("about:blank")
+
+        leaver = threading.Thread(target=leave)
+        found = profile(decoder_bundle, device="phone", prompt_tokens=8, new_tokens=4, repeats=10**6, announce=visit)
+        leaver.join()
+    (failure,) = found.failures
+    assert failure.startswith("speed: the phone closed the page while it measured (")
+    assert found.latency_p50_s > 0
+    assert found.adapter_tax is None
+
+
+def test_a_phone_needs_somebody_who_is_told_where_the_page_is(decoder_bundle):
+    with pytest.raises(ProfileError, match="nobody is told where the page is"):
+        profile(decoder_bundle, device="phone", prompt_tokens=8, new_tokens=4)
+    with pytest.raises(ProfileError, match="opens no page, so there is nothing to listen on"):
+        profile(decoder_bundle, device=replace(read_device("cpu"), listen="192.168.1.2"))

@@ -9,7 +9,7 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from edgeadapt.errors import ProfileError
+from edgeadapt.errors import ProfileError, UnfinishedError
 from edgeadapt.profiling.web import visit
 from edgeadapt.profiling.web.server import Server
 
@@ -108,7 +108,7 @@ def test_the_first_outcome_counts_and_the_address_is_over_then(served):
     progress = {"progress": {"stage": "runs", "done": 1, "total": 3}, "partial": {}}
     ask(served, "POST", f"{client}/progress", json.dumps(progress))
     told = []
-    with pytest.raises(visit.UnfinishedError, match=r"was not done within 0\.3 s"):
+    with pytest.raises(UnfinishedError, match=r"was not done within 0\.3 s"):
         waited(served, 0.3, told)
     assert told == ["runs (2 of 3)"]
     assert ask(served, "POST", f"{client}/outcome", json.dumps({"result": {"latency_s": [1.0]}}))[0] == 200
@@ -148,14 +148,14 @@ def test_an_error_of_the_page_comes_with_what_was_measured(served):
     client = claimed(served)["client"]
     error = {"error": {"message": "out of memory", "hint": "use a smaller model"}, "partial": {"load_time_s": 1.0}}
     ask(served, "POST", f"{client}/outcome", json.dumps(error))
-    with pytest.raises(visit.UnfinishedError) as caught:
+    with pytest.raises(UnfinishedError) as caught:
         waited(served)
     assert str(caught.value) == "out of memory\nHint: use a smaller model"
     assert caught.value.partial == {"load_time_s": 1.0, "partial": "out of memory"}
 
 
 def test_nobody_came_is_told_apart(served):
-    with pytest.raises(visit.UnfinishedError) as caught:
+    with pytest.raises(UnfinishedError) as caught:
         waited(served, 0.3)
     assert caught.value.message == "the phone did not open the address within 0.3 s"
     assert caught.value.partial == {}
@@ -170,19 +170,19 @@ def test_a_page_that_is_closed_or_breaks_off_is_gone(served, monkeypatch):
     link.sendall(f"GET /{served.token}/{client}/alive HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     assert b"200 OK" in link.recv(15)
     link.close()
-    with pytest.raises(visit.UnfinishedError) as caught:
+    with pytest.raises(UnfinishedError) as caught:
         waited(served, 30)
     assert caught.value.message == "the phone went away while it measured (swaps)"
     assert caught.value.partial["load_time_s"] == 2.0
     ask(served, "POST", f"{client}/gone")
-    with pytest.raises(visit.UnfinishedError, match="the phone closed the page while it measured"):
+    with pytest.raises(UnfinishedError, match="the phone closed the page while it measured"):
         waited(served)
 
 
 def test_a_visitor_that_falls_silent_is_gone(served, monkeypatch):
     claimed(served)
     monkeypatch.setattr(visit, "_SILENCE_S", 0.3)
-    with pytest.raises(visit.UnfinishedError, match=r"the phone went away while it measured \(at the beginning\)"):
+    with pytest.raises(UnfinishedError, match=r"the phone went away while it measured \(at the beginning\)"):
         waited(served)
 
 

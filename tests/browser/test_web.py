@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from edgeadapt.device import Device
-from edgeadapt.errors import ProfileError
+from edgeadapt.errors import ProfileError, UnfinishedError
 from edgeadapt.profiling import profile
 from edgeadapt.profiling.runtimes import web as runtime
 from edgeadapt.profiling.web import chromium as browsers
 from edgeadapt.profiling.web.memory import PageMemory, processes_below
-from edgeadapt.profiling.web.visit import UnfinishedError
 
 WASM = Device("browser", "this machine's browser", "wasm", runtime="web", threads=2)
 NODE = Device("node", "this machine's Node.js", "cpu", runtime="node", threads=1)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
-from edgeadapt.profiling.phone import Invitation
 from edgeadapt.profiling.transports import Completed, Transport
 
 
@@ -24,7 +23,7 @@ class Phone(Transport):
 
     listen: this machine's address to serve on, None for loopback alone
     address: an Android device on which adb opens the page, None where a person does
-    announce: is told where the page is; progress: is told what the phone does
+    progress: is told what the phone does
     """
 
     def __init__(self, device: Device) -> None:
@@ -32,8 +31,7 @@ class Phone(Transport):
         self.interpreter = "the phone's browser"
         self.emulated = False
         self.address = device.address
-        self.listen: str | None = None
-        self.announce: Callable[[Invitation], None] | None = None
+        self.listen = device.listen
         self.progress: Callable[[str], None] = lambda _: None
 
     def send(self, files: Mapping[str, Path]) -> str:  # noqa: ARG002 - nothing can be sent

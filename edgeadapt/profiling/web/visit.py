@@ -8,23 +8,12 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from edgeadapt.errors import ProfileError
+from edgeadapt.errors import UnfinishedError
 
 _SILENCE_S = 90.0
 """A page in the background of a phone may run its timers once a minute only."""
 _RECONNECT_S = 6.0
 """A browser opens a broken stream again after about 3 s."""
-
-
-class UnfinishedError(ProfileError):
-    """A measurement that ended early. `partial` holds the samples until then, marked with what ended it.
-
-    Its keys are those of samples, some missing; `partial` in it is the error's message.
-    """
-
-    def __init__(self, message: str, *, hint: str, partial: dict[str, Any]) -> None:
-        super().__init__(message, hint=hint)
-        self.partial = {**partial, "partial": message} if partial else {}
 
 
 class Visit:
