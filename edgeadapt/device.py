@@ -20,6 +20,7 @@ class Device:
     runtime: what opens the models, one of edgeadapt/profiling/runtimes; provider: the part of it that does the work
     transport: how the device is reached, one of edgeadapt/profiling/transports; address: where, as that transport
         writes it; interpreter: the Python there
+    listen: this machine's address at which a phone's browser finds the page, None for this machine alone
     threads: intra-op threads, None for as many as the machine has cores
     machine: what `uname -m` says on it, None for any machine; operating_system: its name and version
     cores: logical cores, the fastest kind first in a phone; cpu_features: instruction sets, as Linux names them
@@ -34,6 +35,7 @@ class Device:
     runtime: str = "session"
     transport: str = "local"
     address: str | None = None
+    listen: str | None = None
     interpreter: str | None = None
     threads: int | None = None
     machine: str | None = None

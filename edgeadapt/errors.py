@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class EdgeAdaptError(Exception):
     """A known failure: `message` says what happened and where, `hint` the next step.
@@ -49,6 +51,17 @@ class SessionError(EdgeAdaptError):
 
 class ProfileError(EdgeAdaptError):
     """A device or a runtime is missing, or a measurement failed."""
+
+
+class UnfinishedError(ProfileError):
+    """A measurement that ended early. `partial` holds the samples until then, marked with what ended it.
+
+    Its keys are those of samples, some missing; `partial` in it is the error's message.
+    """
+
+    def __init__(self, message: str, *, hint: str, partial: dict[str, Any]) -> None:
+        super().__init__(message, hint=hint)
+        self.partial = {**partial, "partial": message} if partial else {}
 
 
 class RecipeError(EdgeAdaptError):

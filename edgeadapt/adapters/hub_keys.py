@@ -8,7 +8,9 @@ from collections.abc import Collection
 from edgeadapt.adapters.adapter import Adapter, TensorRef
 from edgeadapt.errors import AdapterError
 
-CONTAINERS = ("adapters", "loras", "shared_parameters", "invertible_adapters", "prefix_tunings", "prefix_gates")
+CONTAINERS = (
+    *("adapters", "loras", "shared_parameters", "invertible_adapters", "prefix_tunings", "prefix_gates", "refts"),
+)
 """Where a model keeps its adapters by name, as far as the kinds of adapter that are read have any."""
 FUSIONS = "adapter_fusion_layer"
 """Where a model keeps its fusions by name."""

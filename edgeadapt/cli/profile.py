@@ -120,10 +120,10 @@ def _judge(measured: Profile, budgets: dict[str, float]) -> None:
 
     breaks = broken(measured, budgets)
     if breaks:
-        for each in breaks[1:]:
+        for each in breaks[:-1]:
             out.error(str(each), None)
         raise ProfileError(
-            str(breaks[0]),
+            str(breaks[-1]),
             hint="; ".join(
                 [
                     "make the bundle smaller or faster, or the budget larger",

@@ -62,7 +62,7 @@ def _load(model: Any, adapter: Adapter) -> None:
     parts = parts_of(adapter)
     for name, part in parts.items():
         safe = (Path(part.path) / "adapter.safetensors").is_file()
-        _add_without_depth(model, part, name)
+        _add_before(model, part, name)
         model.load_adapter(str(part.path), load_as=name, use_safetensors=safe, **options)
     if "setup" not in adapter.config:
         model.set_active_adapters(NAME)
@@ -141,16 +141,20 @@ def _is_of_head(adapter: Adapter, key: str) -> bool:
     return key.rpartition(".")[0] in saved
 
 
-def _add_without_depth(model: Any, adapter: Adapter, name: str) -> None:
-    """Make room for an adapter that was trained with stochastic depth, without that.
+def _add_before(model: Any, adapter: Adapter, name: str) -> None:
+    """Make room for an adapter whose config the library would not load as it was in training.
 
-    It does nothing after training, and the library would ask for torchvision.
+    Stochastic depth does nothing after training, and the library would ask for torchvision. DiReFT is saved as NoReFT
+    is: only its class of config says that it is not that.
     """
+    from adapters import AdapterConfig, DiReftConfig
+
     settings = adapter.config["config"]
     if settings.get("stochastic_depth"):
-        from adapters import AdapterConfig
-
         model.add_adapter(name, config=AdapterConfig.load({**settings, "stochastic_depth": 0.0}))
+    elif settings.get("architecture") == "reft" and not settings.get("subtract_projection", True):
+        own = {key: value for key, value in settings.items() if key != "subtract_projection"}
+        model.add_adapter(name, config=DiReftConfig.from_dict(own))
 
 
 def _set_head(module: nn.Module, base: BaseModel, adapter: Adapter, keys: set[str]) -> None:

@@ -95,6 +95,7 @@ def adapted_module(base: BaseModel, adapter: Adapter) -> nn.Module:
         model: Any = _from_library(adapter, "load", lambda: load(module, config, adapter, REFERENCE))
     if not config.is_prompt_learning:
         _prove_loaded(model, adapter)
+        _choose_task(model, adapter)
     model.eval().requires_grad_(requires_grad=False)
     inner: nn.Module = model if config.is_prompt_learning else model.base_model
     return inner
@@ -179,6 +180,22 @@ def _load(module: nn.Module, config: Any, adapter: Adapter, name: str) -> Any:
 def _spelled(key: str) -> str:
     """Return a normalized key as peft writes it; what belongs to no module stands beside the model."""
     return key if key.startswith("base_model.") else _PREFIX + key
+
+
+def _choose_task(model: nn.Module, adapter: Adapter) -> None:
+    """Let the layers of an adapter for several tasks (Poly) mix what the one in hand mixes, for every row."""
+    from peft.tuners.poly.layer import Linear
+
+    task = adapter.task_id
+    if task is None:
+        return
+
+    def give_task(_layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "task_ids": torch.full((len(args[0]),), task)}
+
+    for layer in model.modules():
+        if isinstance(layer, Linear):
+            layer.register_forward_pre_hook(give_task, with_kwargs=True)
 
 
 def _from_library(adapter: Adapter, verb: str, work: Any) -> Any:

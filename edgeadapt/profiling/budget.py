@@ -35,11 +35,17 @@ def check_budgets(budgets: Mapping[str, float]) -> None:
     """
     for name, limit in budgets.items():
         if name not in FIGURES:
-            close = difflib.get_close_matches(name, FIGURES, n=1)
-            meant = f"did you mean {close[0]!r}? " if close else ""
+            known = {_words(figure): figure for figure in FIGURES}
+            close = difflib.get_close_matches(_words(name), known, n=1)
+            meant = f"did you mean {known[close[0]]!r}? " if close else ""
             raise ProfileError(f"a profile has no figure {name!r}", hint=f"{meant}known figures: {', '.join(FIGURES)}")
         if not math.isfinite(limit):
             raise ProfileError(f"the budget of {name} is {limit}", hint="give a finite number, in the figure's unit")
+
+
+def _words(name: str) -> str:
+    """Return a name with its words in one order, so that p95_latency_s is near latency_p95_s."""
+    return "_".join(sorted(name.lower().split("_")))
 
 
 def broken(profile: Profile, budgets: Mapping[str, float]) -> tuple[Break, ...]:

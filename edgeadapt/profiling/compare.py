@@ -17,11 +17,13 @@ from edgeadapt.profiling.figures import Profile
 from edgeadapt.profiling.labels import labels
 from edgeadapt.profiling.profile import check_count, prepared, read_workload
 from edgeadapt.profiling.samples import percentile
+from edgeadapt.profiling.transports import Invitation
 from edgeadapt.progress import SILENT, Progress
 
 SCHEMA = "edgeadapt.comparison/1"
 FEWEST_ROUNDS = 5
-"""Of rounds, and of samples for an interval: the range of five ratios holds their true median in 94 % of cases, of four in 88 %."""
+"""Of rounds, and of samples for an interval: the range of five ratios holds the true median in 94 % of cases, of four
+in 88 %."""
 
 _RESAMPLES = 1000
 _SEED = 0
@@ -75,6 +77,7 @@ def compare_bundles(
     batch_size: int = 1,
     runtime: str | None = None,
     timeout_s: float | None = None,
+    announce: Callable[[Invitation], None] | None = None,
     progress: Progress = SILENT,
 ) -> Comparison:
     """Return ratios of two bundles' figures, measured in turns: a b, b a, a b, ...
@@ -94,6 +97,7 @@ def compare_bundles(
         batch_size: see `profile`.
         runtime: see `profile`.
         timeout_s: see `profile`.
+        announce: see `profile`.
         progress: is told what goes on.
 
     Raises:
@@ -117,6 +121,7 @@ def compare_bundles(
                     threads=threads,
                     runtime=runtime,
                     timeout_s=timeout_s,
+                    announce=announce,
                     progress=progress,
                 )
             )

@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from edgeadapt.errors import ProfileError
+from edgeadapt.errors import ProfileError, UnfinishedError
 from edgeadapt.profiling.transports import Completed, Transport, files_below
 
 _DEVICE_SIDE = Path(__file__).parent / "device_side"
@@ -63,7 +63,8 @@ def answer_of(done: Completed, what: str, install: str) -> dict[str, Any]:
         )
     if "error" in reply:
         error = reply["error"]
-        raise ProfileError(error["message"], hint=install if error.get("missing") else error["hint"])
+        hint = install if error.get("missing") else error["hint"]
+        raise UnfinishedError(error["message"], hint=hint, partial=reply.get("partial") or {})
     result: dict[str, Any] = reply["result"]
     return result
 

@@ -14,12 +14,12 @@ from typing import Any
 from edgeadapt import registry
 from edgeadapt.bundle import Bundle, open_bundle
 from edgeadapt.device import Device, read_device
-from edgeadapt.errors import ProfileError
+from edgeadapt.errors import ProfileError, UnfinishedError
 from edgeadapt.profiling import launch
 from edgeadapt.profiling.assemble import assemble, attempt_of, noise_score
 from edgeadapt.profiling.figures import Attempt, Profile
 from edgeadapt.profiling.job import Shapes, write_job
-from edgeadapt.profiling.transports import Transport, connect
+from edgeadapt.profiling.transports import Invitation, Transport, connect
 from edgeadapt.profiling.workload import Workload
 from edgeadapt.progress import SILENT, Progress
 
@@ -42,6 +42,7 @@ def profile(
     operators: bool = False,
     attempts: int = 2,
     timeout_s: float | None = None,
+    announce: Callable[[Invitation], None] | None = None,
     progress: Progress = SILENT,
 ) -> Profile:
     """Return how fast and how large a bundle is on a device.
@@ -61,6 +62,7 @@ def profile(
         operators: time each operator too, in a process of its own.
         attempts: how often the timed figures are tried while other work disturbs them; the quietest try is reported.
         timeout_s: how long each process may take, None for as long as it needs.
+        announce: is told where a person has to go, for a device that somebody has to open a page on.
         progress: is told what goes on.
 
     Raises:
@@ -79,6 +81,7 @@ def profile(
         threads=threads,
         runtime=runtime,
         timeout_s=timeout_s,
+        announce=announce,
         progress=progress,
     ) as run:
         return run.measure(operators=operators, attempts=attempts, progress=progress)
@@ -94,6 +97,7 @@ def prepared(
     threads: int | None,
     runtime: str | None,
     timeout_s: float | None,
+    announce: Callable[[Invitation], None] | None,
     progress: Progress,
 ) -> Iterator[Prepared]:
     """Give a bundle that lies on a device, ready to be measured as often as is wanted; arguments as for `profile`.
@@ -104,6 +108,11 @@ def prepared(
         RecipeError: if there is no such device.
     """
     chosen = read_device(device) if isinstance(device, str) else device
+    if chosen.listen is not None and chosen.transport != "phone":
+        raise ProfileError(
+            f"device {chosen.name!r} opens no page, so there is nothing to listen on {chosen.listen!r} for",
+            hint="leave --listen out, or choose --device phone",
+        )
     name = runtime or chosen.runtime
     module = registry.load(RUNTIMES, name, ProfileError)
     module.require(chosen)
@@ -111,6 +120,7 @@ def prepared(
     check_count("threads", 1 if threads is None else threads)
     active, tax_adapter = _adapters(opened, adapter)
     with connect(chosen) as transport, tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        transport.announce = announce
         measured = replace(chosen, threads=threads or chosen.threads)
         job = _Job(workload, active, tax_adapter)
         run = Prepared(opened, measured, name, module, transport, Path(folder), timeout_s, job)
@@ -201,10 +211,11 @@ class Prepared:
             kinds: tuple[str, ...] = ()
         else:
             with progress.stage("time it"):
-                found, tries = self._timed(attempts)
-            known = getattr(self.module, "KINDS", _BESIDE)
+                found, tries, failure = self._timed(attempts)
+            failures += failure
+            known = () if failure else getattr(self.module, "KINDS", _BESIDE)
             kinds = tuple(what for what in known if beside is None or what in beside)
-            kinds += ("operators",) if operators else ()
+            kinds += ("operators",) if operators and not failure else ()
         for what in kinds:
             try:
                 with progress.stage(f"measure {what}"):
@@ -228,16 +239,24 @@ class Prepared:
             failures=tuple(failures),
         )
 
-    def _timed(self, attempts: int) -> tuple[dict[str, Any], tuple[Attempt, ...]]:
-        """Return the samples of the quietest of at most `attempts` tries, and how all of them went."""
+    def _timed(self, attempts: int) -> tuple[dict[str, Any], tuple[Attempt, ...], list[str]]:
+        """Return the samples of the quietest of at most `attempts` tries, how all went, and what ended the first early.
+
+        A try that ends early is kept if it has a latency; the device is likely to be gone, so nothing follows it.
+        """
         tries: list[tuple[Attempt, dict[str, Any]]] = []
         while len(tries) < attempts:
-            samples = self._ask("speed")
+            try:
+                samples = self._ask("speed")
+            except UnfinishedError as error:
+                if tries or not error.partial.get("latency_s"):
+                    raise
+                return error.partial, (attempt_of(error.partial),), [f"speed: {error.message}"]
             tries.append((attempt_of(samples), samples))
             if not tries[-1][0].disturbed_by:
                 break
         best = min(tries, key=lambda each: noise_score(each[0]))
-        return best[1], tuple(attempt for attempt, _ in tries)
+        return best[1], tuple(attempt for attempt, _ in tries), []
 
 
 def read_workload(prompt_tokens: int | Sequence[int], new_tokens: int, repeats: int, batch_size: int) -> Workload:

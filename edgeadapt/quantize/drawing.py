@@ -51,6 +51,10 @@ class Place:
         """Draw a constant int64[n]."""
         return self.add("Constant", [], value=ir.tensor(np.array(values, np.int64)))
 
+    def whole(self, value: int) -> ir.Value:
+        """Draw a constant int64[]."""
+        return self.add("Constant", [], value=ir.tensor(np.array(value, np.int64)))
+
     def activated(self, x: ir.Value) -> ir.Value:
         """Draw the activation that the settings name."""
         return activate(self.nodes, x, str(self.settings["activation"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Mapping
@@ -46,6 +47,8 @@ CONFIGS: Mapping[str, Any] = {
     "vera_k": adapters.VeraConfig(r=2, attn_matrices=["k"], vera_d=0.5),
     "dvora": adapters.DvoRAConfig(r=4),
     "dvora_q": adapters.DvoRAConfig(r=2, attn_matrices=["q"]),
+    "mtl_lora": adapters.MTLLoRAConfig(r=3, n_up_projection=2, alpha=6),
+    "mtl_lora_one": adapters.MTLLoRAConfig(r=2, attn_matrices=["q", "k"], output_lora=True),
     "prefix": _PREFIX,
     "prefix_flat": adapters.PrefixTuningConfig(prefix_length=3, flat=True),
     "mam": adapters.MAMConfig(_PREFIX, adapters.ParBnConfig(reduction_factor=8)),
@@ -54,7 +57,21 @@ CONFIGS: Mapping[str, Any] = {
         adapters.BnConfig(True, False, 8, "relu", leave_out=[1]), adapters.CompacterPlusPlusConfig(reduction_factor=8)
     ),
     "union_ia3": adapters.ConfigUnion(adapters.CompacterConfig(reduction_factor=8), adapters.IA3Config()),
+    "loreft": adapters.LoReftConfig(r=2),
+    "loreft_both": adapters.LoReftConfig(r=3, prefix_positions=2, suffix_positions=3),
+    "loreft_tied": adapters.LoReftConfig(prefix_positions=5, suffix_positions=4, tied_weights=True),
+    "noreft": adapters.NoReftConfig(r=2, prefix_positions=1, layers=[0]),
+    "noreft_last": adapters.NoReftConfig(prefix_positions=0, suffix_positions=1),
+    "noreft_tanh": adapters.NoReftConfig(r=4, non_linearity="tanh"),
+    "direft": adapters.DiReftConfig(r=2, suffix_positions=2),
+    "direft_first": adapters.DiReftConfig(prefix_positions=4, non_linearity="gelu"),
+    "union_reft": adapters.ConfigUnion(
+        adapters.LoRAConfig(r=4), adapters.SeqBnConfig(reduction_factor=8), adapters.LoReftConfig(suffix_positions=1)
+    ),
+    "union_reft_first": adapters.ConfigUnion(adapters.SeqBnConfig(reduction_factor=8), adapters.LoReftConfig(r=2)),
 }
+REFT_DECODERS = ("loreft", "noreft", "noreft_tanh", "direft_first", "union_reft_first")
+"""Those that change the first positions alone."""
 _BN, _WIDE, _INV = CONFIGS["seq_bn"], adapters.SeqBnConfig(reduction_factor=4), CONFIGS["seq_bn_inv"]
 SETUPS: Mapping[str, tuple[Mapping[str, Any], Any]] = {
     "stack": ({"language": _INV, "task": _WIDE}, Stack("language", "task")),
@@ -85,36 +102,44 @@ class Family:
 
 _DISTILBERT = {"vocab_size": 128, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96, "num_labels": 3}
 _GPT2 = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-ENCODERS = (*(name for name in CONFIGS if name not in ("prefix", "prefix_flat", "mam")), *SETUPS)
-_LLAMA = ("seq_bn", "double_seq_bn", "par_bn", "adapterplus", "seq_bn_inv", "lora", "lora_all", "ia3", "dora", "union")
+ENCODERS = (
+    *(name for name in CONFIGS if name not in ("prefix", "prefix_flat", "mam", "direft_first", "union_reft_first")),
+    *SETUPS,
+)
+_LLAMA = (
+    *("seq_bn", "double_seq_bn", "par_bn", "adapterplus", "seq_bn_inv", "union"),
+    *("lora", "lora_all", "ia3", "dora", "mtl_lora"),
+)
 FAMILIES = {
     "bert": Family(transformers.BertForSequenceClassification, transformers.BertConfig(**ENCODER), ENCODERS),
     # with heads below
-    "roberta": Family(transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**ENCODER), ("lora",)),
+    "roberta": Family(
+        *(transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**ENCODER)), ("lora", "loreft_both")
+    ),
     "distilbert": Family(
         *(
             transformers.DistilBertForSequenceClassification,
             transformers.DistilBertConfig(max_position_embeddings=64, **_DISTILBERT),
         ),
-        ("seq_bn", "par_bn", "seq_bn_inv", "lora_all", "dora"),
+        ("seq_bn", "par_bn", "seq_bn_inv", "lora_all", "dora", "mtl_lora", "loreft", "loreft_both", "direft"),
     ),
     "gpt2": Family(
         transformers.GPT2LMHeadModel,
         transformers.GPT2Config(**_GPT2),
-        ("seq_bn", "par_bn", "seq_bn_inv", "lora", "ia3", "union"),
+        ("seq_bn", "par_bn", "seq_bn_inv", "lora", "ia3", "union", *REFT_DECODERS),
     ),
     "llama": Family(
         *(transformers.LlamaForCausalLM, transformers.LlamaConfig(**DECODER)),
-        (*_LLAMA, "prefix", "prefix_flat", "mam", "stack_of_methods", "stack_of_fusion", "average"),
+        (*_LLAMA, "prefix", "prefix_flat", "mam", "stack_of_methods", "stack_of_fusion", "average", *REFT_DECODERS),
     ),
     # which the library knows through a plugin interface
     "qwen2": Family(
         *(transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**DECODER)),
-        ("seq_bn", "par_bn", "seq_bn_inv", "lora", "stack_of_fusion"),
+        ("seq_bn", "par_bn", "seq_bn_inv", "lora", "stack_of_fusion", "loreft"),
     ),
     "vit": Family(
         *(transformers.ViTForImageClassification, transformers.ViTConfig(**IMAGE, num_labels=3)),
-        ("adapterplus", "seq_bn", "lora"),
+        ("adapterplus", "seq_bn", "lora", "loreft", "loreft_both", "noreft_last"),
     ),
 }
 
@@ -133,8 +158,16 @@ def save(model: Any, config: Any, folder: Path, *, name: str = "task", safe: boo
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 if f".{name}." in key or ".shared_parameters." in key or _is_of_head(model, key):
-                    parameter.add_(0.2 * torch.randn_like(parameter))
+                    change = 0.2 * torch.randn_like(parameter)
+                    if key.endswith(".parametrizations.weight.original"):
+                        change.fill_diagonal_(0)  # signs, which training leaves alone
+                    parameter.add_(change)
         model.save_adapter(str(folder), name, use_safetensors=safe)
+    if not getattr(config, "subtract_projection", True):
+        file = folder / "adapter_config.json"
+        saved = json.loads(file.read_text())
+        saved["config"]["subtract_projection"] = False  # which the library leaves out
+        file.write_text(json.dumps(saved))
     return folder
 
 
@@ -172,6 +205,9 @@ def forward(model: Any, folder: Path | None, inputs: Arrays, *, safe: bool = Tru
         if folder is not None and (folder / "adapter_setup.json").is_file():
             model.load_adapter_setup(str(folder), set_active=True, use_safetensors=safe)
         elif folder is not None:
+            saved = json.loads((folder / "adapter_config.json").read_text())
+            if not saved["config"].get("subtract_projection", True):  # else the library loads it as NoReFT
+                model.add_adapter(saved["name"], config=adapters.DiReftConfig.from_dict(saved["config"]))
             name = model.load_adapter(str(folder), set_active=True, use_safetensors=safe)
             model.set_active_adapters(name)
         output = model.eval()(**{key: torch.from_numpy(value) for key, value in inputs.items()})

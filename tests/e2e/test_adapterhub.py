@@ -38,7 +38,9 @@ SMALLEST_EFFECT = 1e-2
 CONFIGS, FAMILIES, AS_PICKLE = hub.CONFIGS, hub.FAMILIES, hub.AS_PICKLE
 ADDED = "seq_bn_wide"
 """What is held back from BERT's bundle, to be added."""
-WEIGHTS = {"lora", "lora_all", "ia3", "ia3_output", "dora", "dora_q", "vera", "vera_k", "dvora", "dvora_q"}
+WEIGHTS = {"lora", "lora_all", "ia3", "ia3_output", "dora", "dora_q", "vera", "vera_k", "dvora", "dvora_q"} | {
+    *("mtl_lora", "mtl_lora_one")
+}
 PLUGIN = "qwen2"
 """The family that the library knows through a plugin interface."""
 FIVE = "five"
@@ -307,6 +309,15 @@ REFUSED: Mapping[tuple[str, str], tuple[Any, type[EdgeAdaptError], str]] = {
         (
             "the library adapters cannot run adapter 'no' at module 'model.layers.0.self_attn.v_proj': RuntimeError: "
             "mat1 and mat2 shapes cannot be multiplied (32x32 and 64x4)"
+        ),
+    ),
+    ("gpt2", "mtl_lora"): (
+        hub.CONFIGS["mtl_lora"],
+        MergeError,
+        (
+            "the library adapters cannot run adapter 'no' at module 'transformer.h.0.attn.c_attn': RuntimeError: "
+            "Expected 4-dimensional input for 4-dimensional weight [2, 128, 3, 1], but got 3-dimensional input of size "
+            "[1, 6, 1] instead"
         ),
     ),
     ("gpt2", "vera"): (

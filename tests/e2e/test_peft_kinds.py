@@ -152,7 +152,7 @@ def test_exported_merged(kind: str, tiny: GetTiny, tmp_path: Path) -> None:
 
 
 def test_every_kind_is_here() -> None:
-    assert sorted(item.kind for item in LLAMA) == sorted(peft_layers.KINDS)
+    assert sorted([*(item.kind for item in LLAMA), "poly"]) == sorted(peft_layers.KINDS)  # Poly is in test_poly.py
     assert peft_layers.KINDS.items() <= known_kinds().items()
 
 
@@ -165,10 +165,6 @@ REFUSED = {
         "train prefix tuning, which the key-value cache holds, or LoRA",
     ),
     "LILY": ("Lily's router looks at the whole batch: what one text gives depends on the texts beside it", LORA_HINT),
-    "POLY": (
-        "Polytropon mixes its skills by the task of each row, which is one more input of the model",
-        "train one LoRA per task: a bundle swaps them",
-    ),
     "SHADOW": ("Shadow runs a second network beside the base's layers: its change is no weight", LORA_HINT),
     "XLORA": (
         "X-LoRA runs the model twice to weigh its LoRA adapters for each token, and peft saves only a part of it",

@@ -21,7 +21,8 @@ from tests.transports.waiting import pids_in, runs, wait_until
 
 
 def test_every_transport_is_tested_here():
-    assert set(registry.names(transports.TRANSPORTS)) == set(KINDS)
+    # a phone's browser takes neither files nor commands: tests/browser
+    assert set(registry.names(transports.TRANSPORTS)) == {*KINDS, "phone"}
 
 
 def test_a_program_gets_its_files_arguments_and_input(target, files):
@@ -173,7 +174,7 @@ transport.run([transport.interpreter, "hang.py", {str(note)!r}], cwd=folder)
 def test_an_unknown_transport_is_refused():
     with pytest.raises(ProfileError) as caught:
         transports.connect(Device("it", "a test", "cpu", transport="pigeon"))
-    assert str(caught.value) == ("unknown transport 'pigeon'\nHint: known: adb, emulated, local, simulated, ssh")
+    assert str(caught.value) == ("unknown transport 'pigeon'\nHint: known: adb, emulated, local, phone, simulated, ssh")
 
 
 def test_files_below(tmp_path):

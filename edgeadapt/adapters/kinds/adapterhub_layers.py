@@ -1,9 +1,10 @@
 """Adapters of AdapterHub that change weights, read off the library's own forward on the float base.
 
-LoRA, DoRA, IA3, VeRA and DVoRA are one config ("architecture": "lora") with other settings. They are not what peft
-means by these names: DoRA's norm leaves out the scaling, DoRA and IA3 scale the bias too, and VeRA's scalings are full
-matrices. So no formula is written down here; the export proves that each module's forward is a product. Semantics of
-adapters 1.3: `methods/lora.py`.
+LoRA, DoRA, IA3, VeRA and DVoRA are one config ("architecture": "lora") with other settings. MTL-LoRA has its own, and
+is saved as an adapter for each task, with what the tasks share in each of them. They are not what peft means by these
+names: DoRA's norm leaves out the scaling, DoRA and IA3 scale the bias too, and VeRA's scalings are full matrices. So no
+formula is written down here; the export proves that each module's forward is a product. Semantics of adapters 1.3:
+`methods/lora.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ KINDS: Mapping[str, str] = {
     "adapterhub_dvora": "DVoRA as AdapterHub saves it: VeRA with a gain per output",
     "adapterhub_ia3": "IA3 as AdapterHub saves it: a gain per output",
     "adapterhub_lora": "LoRA as AdapterHub saves it",
+    "adapterhub_mtl_lora": "MTL-LoRA as AdapterHub saves it: a task's mix of low-rank terms",
     "adapterhub_vera": "VeRA as AdapterHub saves it: random projections that layers share, scaled",
 }
 TERMS: frozenset[str] = frozenset()
@@ -30,6 +32,7 @@ _COSTS = {
     "adapterhub_dvora": "a low-rank term and a gain per output beside each module",
     "adapterhub_ia3": "a gain per output",
     "adapterhub_lora": "a low-rank term beside each module",
+    "adapterhub_mtl_lora": "a low-rank term beside each module",
     "adapterhub_vera": "a low-rank term beside each module",
 }
 _USED = frozenset(
@@ -38,23 +41,13 @@ _USED = frozenset(
         *("attn_matrices", "composition_mode", "use_gating", "use_dora", "vera_d", "vera_b"),
     }
 )
+_MTL = frozenset({"n_up_projection", "task_specific_matrix_type", "weights_sharpness"})
 _TRAINING = frozenset({"dropout", "init_weights", "init_weights_seed", "dtype"})
-_LORA = "train LoRA, or another kind of `edgeadapt list kinds`"
 _METHODS: Mapping[str, tuple[str, str, str]] = {
-    "mtl_lora": (
-        "MTL-LoRA",
-        "it holds several tasks, of which one is chosen for each input",
-        "train one LoRA per task: a bundle swaps them",
-    ),
     "prompt_tuning": (
         "prompt tuning",
         "its prompt lengthens the text of encoders, the only models that the library has it for",
         "train prompt tuning of a decoder with peft, or another adapter",
-    ),
-    "reft": (
-        "LoReFT, NoReFT, DiReFT",
-        "it changes the first and last positions only, which the graphs do not do yet",
-        _LORA,
     ),
 }
 REFUSED: Mapping[str, tuple[str, str]] = {
@@ -69,6 +62,7 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     )
 }
 """Methods of AdapterHub that are refused by name: the reason, and what to do instead."""
+_OF_WEIGHTS = ("lora", "mtl_lora")
 _MODES = ("add", "scale")
 _AGAIN = "save the adapter again with save_adapter"
 
@@ -76,12 +70,14 @@ _AGAIN = "save the adapter again with save_adapter"
 def claims(layout: str, config: Mapping[str, Any]) -> bool:
     """Tell whether the files in `layout` with `config` are of one of these kinds, or of one that is refused."""
     method = config["config"].get("architecture") if layout == "adapterhub" else None
-    return isinstance(method, str) and (method == "lora" or method in _METHODS)
+    return isinstance(method, str) and (method in _OF_WEIGHTS or method in _METHODS)
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
     """Return the kind's name."""
     settings = config["config"]
+    if settings["architecture"] == "mtl_lora":
+        return "adapterhub_mtl_lora"
     if settings.get("composition_mode") == "scale":
         return "adapterhub_ia3"
     vera = any(isinstance(settings.get(key), float) for key in ("vera_d", "vera_b"))
@@ -105,7 +101,14 @@ def check(config: Mapping[str, Any]) -> tuple[str, ...]:
             "use_gating is true: the gate is an average over all tokens of the input, so the change is no weight",
             hint="train the adapter without gates (UniPELT sets them in all of its parts)",
         )
-    unknown = sorted(settings.keys() - _USED - _TRAINING)
+    mtl = method == "mtl_lora"
+    if mtl and settings.get("task_specific_matrix_type", "singular_values") != "singular_values":
+        raise AdapterError(
+            f"task_specific_matrix_type is {settings['task_specific_matrix_type']!r}, which the library itself cannot "
+            "run",
+            hint="train with task_specific_matrix_type='singular_values'",
+        )
+    unknown = sorted(settings.keys() - _USED - _TRAINING - (_MTL if mtl else frozenset()))
     if unknown:
         raise AdapterError(
             f"{unknown[0]} is {settings[unknown[0]]!r}, a setting that edgeadapt does not know",

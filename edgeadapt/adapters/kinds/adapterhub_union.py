@@ -1,7 +1,7 @@
 """Several methods in one adapter of AdapterHub (`ConfigUnion`, MAM): each part is resolved by its own kind.
 
 The parts work at different places of the base, or at one place one after the other as everywhere in a slots graph: what
-changes a module's weight first, then bottlenecks beside it.
+changes a module's weight first, then bottlenecks beside it, then ReFT.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from edgeadapt.adapters.adapter import (
     Adapter,
     Array,
     Bottleneck,
+    Branch,
     Effective,
     Library,
     Prefix,
@@ -33,7 +34,10 @@ _CONTAINERS: Mapping[str | None, tuple[str, ...]] = {
     None: ("adapters", "invertible_adapters"),
     "lora": ("loras",),
     "prefix_tuning": ("prefix_tunings", "prefix_gates"),
+    "reft": ("refts",),
 }
+_ONCE = {"prefix_tuning": "prefixes", "reft": "ReFTs"}
+"""Methods of which the library puts one alone into a model, and what two of them are called."""
 _AGAIN = "save the adapter again with save_adapter"
 
 
@@ -58,18 +62,30 @@ def check(config: Mapping[str, Any]) -> tuple[str, ...]:
     for index, part in enumerate(_parts(config)):
         module, _ = _kind_of_part(config, part, index)
         try:
-            warnings += module.check({**config, "config": part})
+            _refuse_direft(part)
+            # said, so that nobody is told how to say that it is DiReFT
+            said = {"subtract_projection": True} if part.get("architecture") == "reft" else {}
+            warnings += module.check({**config, "config": {**part, **said}})
         except AdapterError as error:
             raise AdapterError(f"configs[{index}]: {error.message}", hint=error.hint) from error
     return tuple(warnings)
+
+
+def _refuse_direft(part: Mapping[str, Any]) -> None:
+    if part.get("architecture") == "reft" and not part.get("subtract_projection", True):
+        raise AdapterError(
+            "subtract_projection is false, and in a union the library trains and computes DiReFT as NoReFT",
+            hint="leave it out: the adapter is then what the library computes",
+        )
 
 
 def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     parts = config["config"].get("configs")
     if not isinstance(parts, list) or not parts or not all(isinstance(part, Mapping) for part in parts):
         raise AdapterError(f"configs is {parts!r}, not a list of settings", hint=_AGAIN)
-    if len([part for part in parts if part.get("architecture") == "prefix_tuning"]) > 1:
-        raise AdapterError("it holds two prefixes", hint="train one prefix for all layers")
+    for method, names in _ONCE.items():
+        if len([part for part in parts if part.get("architecture") == method]) > 1:
+            raise AdapterError(f"it holds two {names}", hint="train one for all layers")
     return parts
 
 
@@ -151,13 +167,15 @@ def resolve(
     replaced: dict[str, Array] = {}
     prefix: Prefix | None = None
     bottlenecks: tuple[Bottleneck, ...] = ()
+    branches: tuple[Branch, ...] = ()
     for part, module in _split(adapter):
         resolved: ResolvedAdapter = module.resolve(part, modules, base_name, inner)
         sites |= resolved.sites
         replaced |= resolved.replaced
         prefix = prefix or resolved.prefix
         bottlenecks += resolved.bottlenecks
-    return ResolvedAdapter(adapter.name, adapter.kind, sites, replaced, prefix, bottlenecks)
+        branches += resolved.branches
+    return ResolvedAdapter(adapter.name, adapter.kind, sites, replaced, prefix, bottlenecks, branches)
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
@@ -167,7 +185,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     reasons = [part["merge"]["reason"] for part in parts if part["merge"]["exact"] == exact]
     return {
         "parts": parts,
-        "merge": {"exact": exact, "reason": "; ".join(reasons)},
+        "merge": {"exact": exact, "reason": "; ".join(dict.fromkeys(reasons))},
         "swap": {"possible": True, "reason": "; ".join(part["swap"]["reason"] for part in parts)},
         "needs_base_weights": any(part["needs_base_weights"] for part in parts),
     }

@@ -8,7 +8,7 @@ proves for every module that its forward is such a product, and that peft holds 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgeadapt.adapters.adapter import Adapter, Library, ResolvedAdapter, TargetModule
@@ -56,6 +56,7 @@ _TYPES: Mapping[str, _Type] = {
     "oft": _Type("OFT: blocks of inputs rotated", _FULL),
     "osf": _Type("OSF: the weight's small singular values and vectors trained", _FULL),
     "peanut": _Type("PEANuT: a small network over the weight", _LOW),
+    "poly": _Type("Poly (Polytropon, MHR): low ranks that each task mixes in its own way, an adapter for each", _LOW),
     "psoft": _Type("PSOFT: the weight's main subspace rotated", _LOW),
     "pvera": _Type("PVeRA: VeRA with a distribution, at its mean", _LOW),
     "randlora": _Type("RandLoRA: a sum of random bases", _FULL),
@@ -69,6 +70,7 @@ _TYPES: Mapping[str, _Type] = {
     "vera": _Type("VeRA: random projections that layers share, scaled", _LOW),
     "waveft": _Type("WaveFT: few wavelets of the change", _FULL),
 }
+_POLY, _ROUTER = "poly", "poly_router.module_logits"
 KINDS: Mapping[str, str] = {name: kind.summary for name, kind in _TYPES.items()}
 
 _LORA = "train LoRA, or another type of `edgeadapt list kinds`"
@@ -80,10 +82,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "lily": (
         "Lily's router looks at the whole batch: what one text gives depends on the texts beside it",
         _LORA,
-    ),
-    "poly": (
-        "Polytropon mixes its skills by the task of each row, which is one more input of the model",
-        "train one LoRA per task: a bundle swaps them",
     ),
     "shadow": (
         "Shadow runs a second network beside the base's layers: its change is no weight",
@@ -148,7 +146,36 @@ def check_tensors(adapter: Adapter) -> tuple[str, ...]:
                 hint="gather the shards before saving (ZeRO-3: deepspeed.zero.GatheredParameters; FSDP: "
                 "summon_full_params), or convert the checkpoint",
             )
+    if adapter.kind == _POLY:
+        _check_tasks(adapter)
     return ()
+
+
+def _check_tasks(adapter: Adapter) -> None:
+    """Check that every router of Poly knows as many tasks as the config says."""
+    tasks = adapter.config.get("n_tasks", 1)
+    for key, tensor in adapter.tensors.items():
+        if key.endswith(_ROUTER) and (type(tasks) is not int or tensor.shape[0] != tasks):
+            raise AdapterError(
+                f"tensor {tensor.key!r} in {tensor.file} is for {tensor.shape[0]} tasks, and n_tasks is {tasks!r}",
+                hint="copy the adapter_config.json that was saved with these tensors",
+            )
+    if not any(key.endswith(_ROUTER) for key in adapter.tensors):
+        file = next(iter(adapter.tensors.values())).file
+        raise AdapterError(
+            f"{file} holds no {_ROUTER}: nothing says how a task mixes the adapter's skills",
+            hint="save the adapter again with peft's save_pretrained",
+        )
+
+
+def expand(adapter: Adapter) -> tuple[Adapter, ...]:
+    """Return the adapters in one file: one for each task of Poly."""
+    if adapter.kind != _POLY:
+        return (adapter,)
+    tasks = int(adapter.config.get("n_tasks", 1))
+    if tasks == 1:
+        return (replace(adapter, task_id=0),)
+    return tuple(replace(adapter, name=f"{adapter.name}-task{task}", task_id=task) for task in range(tasks))
 
 
 def resolve(
@@ -173,4 +200,5 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "merge": {"exact": True, "reason": "each module's forward is a product, which folds into its weight and bias"},
         "swap": {"possible": True, "reason": kind.cost},
         "needs_base_weights": True,
+        **({} if adapter.task_id is None else {"task_id": adapter.task_id}),
     }

@@ -7,7 +7,7 @@ step. The rest of the profiler knows these two names only.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,29 @@ class Completed:
     stderr: str
 
 
+@dataclass(frozen=True)
+class Invitation:
+    """What a person needs to open the page.
+
+    url: its address; qr_code: the same as a QR code of block characters, for a terminal, light on dark
+    remark: who can open it
+    """
+
+    url: str
+    qr_code: str
+    remark: str
+
+
 class Transport(ABC):
     """A connection to one device; leaving its `with` block removes what was sent, whatever happened before.
 
     machine: what `uname -m` says to `interpreter`
     interpreter: the Python there that runs the measuring programs; it has numpy
     emulated: the programs run on an emulated processor: answers can be checked, times mean nothing
+    announce: is told where a person has to go; only a device that somebody must do something on needs it
     """
+
+    announce: Callable[[Invitation], None] | None = None
 
     machine: str
     interpreter: str

@@ -154,21 +154,14 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "lora rank": (lambda c: c.update(config={"architecture": "lora", "r": 0}), "r is 0, not a rank"),
     "tasks": (
-        lambda c: c.update(config={"architecture": "mtl_lora", "r": 4}),
-        ("architecture 'mtl_lora' is not supported: it holds several tasks, of which one is chosen for each input"),
+        lambda c: c.update(config={"architecture": "mtl_lora", "r": 4, "task_specific_matrix_type": "linear"}),
+        "task_specific_matrix_type is 'linear', which the library itself cannot run",
     ),
     "prompt": (
         lambda c: c.update(config={"architecture": "prompt_tuning"}),
         (
             "architecture 'prompt_tuning' is not supported: its prompt lengthens the text of encoders, the only models "
             "that the library has it for"
-        ),
-    ),
-    "reft": (
-        lambda c: c["config"].update(architecture="reft"),
-        (
-            "architecture 'reft' is not supported: it changes the first and last positions only, which the graphs do "
-            "not do yet"
         ),
     ),
     "empty union": (
@@ -179,9 +172,19 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "prefix_tuning"}] * 2}),
         "it holds two prefixes",
     ),
-    "union with reft": (
-        lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "reft"}]}),
-        "configs[0]: architecture 'reft' is not supported in a union",
+    "union of refts": (
+        lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "reft"}] * 2}),
+        "it holds two ReFTs",
+    ),
+    "union with direft": (
+        lambda c: c.update(
+            config={"architecture": "union", "configs": [{"architecture": "reft", "subtract_projection": False}]}
+        ),
+        "configs[0]: subtract_projection is false, and in a union the library trains and computes DiReFT as NoReFT",
+    ),
+    "union with prompts": (
+        lambda c: c.update(config={"architecture": "union", "configs": [{"architecture": "prompt_tuning"}]}),
+        "configs[0]: architecture 'prompt_tuning' is not supported in a union",
     ),
     "unipelt": (
         lambda c: c.update(
