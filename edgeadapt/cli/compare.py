@@ -81,19 +81,18 @@ def _check_unused(given: dict[str, Any]) -> None:
 def _show(found: Comparison) -> None:
     from edgeadapt.profiling.catalogue import FIGURES, text
 
-    sides = {"a": found.a, "b": found.b}
     rows = [
         {
             "figure": FIGURES[each.figure].title,
-            found.a: text(each.figure, each.a),
-            found.b: text(each.figure, each.b),
-            "ratio": None if each.ratio is None else f"{each.ratio:.3f}",
+            "A": text(each.figure, each.a),
+            "B": text(each.figure, each.b),
+            "B / A": None if each.ratio is None else f"{each.ratio:.3f}",
             "95 %": None if each.low is None else f"{each.low:.3f} to {each.high:.3f}",
-            "better": None if each.better is None else sides[each.better],
+            "better": None if each.better is None else each.better.upper(),
         }
         for each in found.ratios
     ]
     how = f"measured in turns, {found.rounds} rounds" if found.rounds else "from written profiles"
-    output.table(f"{found.b} over {found.a}, {how}", rows)
+    output.table(f"A: {found.a}, B: {found.b}; {how}", rows)
     for note in found.notes:
         output.warning(note)

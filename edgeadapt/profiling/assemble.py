@@ -217,9 +217,10 @@ def _sizes(bundle: Bundle, models: Path | None) -> Sizes:
 def quality_of(bundle: Bundle, adapter: str | None) -> Quality | None:
     """Return what a bundle's manifest says of an adapter's quality, or of the base's for None.
 
-    An adapter that was measured in several modes is as good as its worst one.
+    An adapter that was measured in several modes is as good as its worst one; of a merged one the base's rows speak.
     """
-    found = [row for row in bundle.manifest.quality if row.get("adapter") == adapter]
+    wanted = None if adapter == bundle.manifest.merged else adapter
+    found = [row for row in bundle.manifest.quality if row.get("adapter") == wanted]
     if not found:
         return None
     kls = [row["mean_kl"] for row in found if row.get("mean_kl") is not None]

@@ -134,7 +134,8 @@ def compare_bundles(
                     found[which].append(run)
             _check_alike(found[0][0], found[1][0])
     ratios = [_paired(name, figure, *found) for name, figure in FIGURES.items()]
-    names = _names(found[0][0], found[1][0], str(a), str(b))
+    places = (str(a), str(b)) if Path(a) != Path(b) else ("first", "second")
+    names = _names(found[0][0], found[1][0], *places)
     return Comparison(SCHEMA, *names, rounds, _given(ratios), _notes_of(found))
 
 

@@ -115,14 +115,17 @@ def operators(names: Sequence[str], profiles: Sequence[Profile]) -> list[str]:
 
 
 def pareto(names: Sequence[str], profiles: Sequence[Profile]) -> list[str]:
-    """Return latency against divergence, a chart for each task and workload that several profiles share."""
+    """Return latency against divergence, a chart for each device, task, workload and adapter that several share.
+
+    An adapter's divergence is from that adapter unquantized, so two adapters' are not held against each other.
+    """
     cards = []
     groups: dict[tuple[object, ...], list[tuple[str, Profile]]] = {}
     for name, each in zip(names, profiles, strict=True):
         if each.quality is not None and each.quality.mean_kl is not None and each.latency_p50_s is not None:
-            key = (each.device.name, each.host.cpu, each.task, each.workload)
+            key = (each.device.name, each.adapter, each.host.cpu, each.task, each.workload)
             groups.setdefault(key, []).append((name, each))
-    for (device, *_), members in groups.items():
+    for (device, adapter, *_), members in groups.items():
         if len(members) < 2:
             continue
         places = [(each.latency_p50_s or 0.0, each.quality.mean_kl or 0.0) for _, each in members if each.quality]
@@ -140,7 +143,7 @@ def pareto(names: Sequence[str], profiles: Sequence[Profile]) -> list[str]:
             for dot, (name, each) in zip(dots, members, strict=True)
         )
         about = f"Across: latency p50 in {unit.name}. Up: mean KL from the unquantized model, in nats."
-        cards.append(_card(f"On {device}", chart, about, f"<ol>{items}</ol>"))
+        cards.append(_card(f"{adapter or 'base'} on {device}", chart, about, f"<ol>{items}</ol>"))
     return cards
 
 

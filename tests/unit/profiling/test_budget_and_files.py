@@ -65,17 +65,19 @@ def test_quality_is_that_of_the_active_adapter(found):
     assert found.quality is None  # the tiny bundle's manifest says none
 
     class Told:
-        manifest = dataclasses.make_dataclass("M", ["quality"])(
+        manifest = dataclasses.make_dataclass("M", ["merged", "quality"])(
+            "m",
             (
                 {"adapter": None, "mean_kl": 0.1, "top1": 0.9},
                 {"adapter": "b", "mean_kl": 0.2, "top1": None},
                 {"adapter": "b", "mean_kl": 0.3, "top1": 0.8},
-            )
+            ),
         )
 
     assert quality_of(Told, None) == Quality(0.1, 0.9)
     assert quality_of(Told, "b") == Quality(0.3, 0.8)
     assert quality_of(Told, "c") is None
+    assert quality_of(Told, "m") == Quality(0.1, 0.9)  # merged into the base
 
 
 def test_there_and_back(found, tmp_path):

@@ -77,6 +77,7 @@ def test_compare_takes_profiles(written, tmp_path):
     assert made["schema"] == "edgeadapt.comparison/1"
     assert {row["ratio"] for row in made["ratios"]} <= {1.0, None}
     shown = _run("compare", written, written)
+    assert "A: a decoder.bundle (first), B: a decoder.bundle (second); from written profiles" in shown.stderr
     assert "warning: not measured in turns" in shown.stderr
     for args in (["compare", written, tmp_path], ["compare", written, written, "--rounds", "6"]):
         wrong = _run(*args)

@@ -152,6 +152,7 @@ def test_the_best_ones_are_those_that_no_other_beats(found):
     assert 'class="front"' in card
     elsewhere = dataclasses.replace(profiles[1], device=dataclasses.replace(found.device, name="pi5"))
     assert pareto(["a", "b"], [profiles[0], elsewhere]) == []  # two machines are not compared
+    assert pareto(["a", "b"], [profiles[0], dataclasses.replace(profiles[1], adapter="a")]) == []
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 0), (0, 1), (0, 7.3), (-0.1, 0.034), (0, 3e8), (0.9, 1.2), (0, 2e-6)])
