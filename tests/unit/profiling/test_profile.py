@@ -10,11 +10,13 @@ from statistics import median
 import numpy as np
 import pytest
 
+from edgeadapt import registry
 from edgeadapt.device import Device
 from edgeadapt.errors import BundleError, ProfileError
 from edgeadapt.fields import from_mapping
 from edgeadapt.profiling import Profile, launch, profile, rows
 from edgeadapt.profiling.figures import Prefill
+from edgeadapt.profiling.profile import RUNTIMES
 from edgeadapt.runtime import ort
 
 SMALL = {"threads": 1, "prompt_tokens": 8, "new_tokens": 5, "repeats": 2}
@@ -229,7 +231,7 @@ def test_an_unknown_adapter_or_runtime_is_refused(decoder):
     assert str(caught.value) == f"{decoder} has no adapter 'c'\nHint: adapters of this bundle: a, b"
     with pytest.raises(ProfileError) as caught:
         profile(decoder, runtime="abacus", **SMALL)
-    assert str(caught.value) == "unknown runtime 'abacus'\nHint: known: onnxruntime, session"
+    assert str(caught.value) == "unknown runtime 'abacus'\nHint: known: " + ", ".join(registry.names(RUNTIMES))
 
 
 def test_what_fails_in_the_child_is_told(decoder):
