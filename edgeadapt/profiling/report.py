@@ -62,6 +62,7 @@ def _memory_rows(memory: Memory) -> list[tuple[str, str | None]]:
         ("of it the process's own", _size(memory.run_anonymous_bytes)),
         ("of it mapped files", _size(memory.run_file_bytes)),
         ("memory at peak", _size(memory.peak_resident_bytes)),
+        ("memory of the GPU after a run", _size(memory.run_gpu_bytes)),
         ("key-value cache, for each token", _size(memory.kv_cache_bytes_per_token)),
     ]
     for name, added in memory.further_adapters_resident_bytes.items():
