@@ -74,6 +74,8 @@ class Engine:
         self._fed = {} if adapter is None else self._resident[adapter]
         self._session(self._graph)
         self._binding = None
+        if self._cache:
+            self._bound()  # ready to run means bound
 
     def idle(self) -> None:
         """Run the base in the graph that takes adapters, with none fed."""
