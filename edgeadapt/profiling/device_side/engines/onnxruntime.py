@@ -70,19 +70,17 @@ class Engine:
         if adapter is not None and adapter not in self._resident:
             names = self._job["adapters"][adapter]
             self._resident[adapter] = {name: self._value(self._tensors[key]) for name, key in names.items()}
-        self._graph = "plain" if adapter is None else "slots"
-        self._fed = {} if adapter is None else self._resident[adapter]
-        self._session(self._graph)
-        self._binding = None
-        if self._cache:
-            self._bound()  # ready to run means bound
+        self._make_ready("plain" if adapter is None else "slots", {} if adapter is None else self._resident[adapter])
 
     def idle(self) -> None:
         """Run the base in the graph that takes adapters, with none fed."""
-        self.use(None)
-        if "slots" in self._job["models"]:
-            self._graph = "slots"
-            self._session("slots")
+        self._make_ready("slots" if "slots" in self._job["models"] else "plain", {})
+
+    def _make_ready(self, graph: str, fed: dict[str, Any]) -> None:
+        self._graph, self._fed, self._binding = graph, fed, None
+        self._session(graph)
+        if self._cache:
+            self._bound()
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run a single pass."""
