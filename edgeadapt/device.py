@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,16 @@ def read_device(name: str | Path) -> Device:
     if "name" in data:
         raise RecipeError(f"{path}: unknown field name", hint="a device's name is its file's name")
     return from_mapping(Device, {**data, "name": path.stem}, str(path), RecipeError)
+
+
+def device_toml(device: Device) -> str:
+    """Return the text of a device's file; `read_device` gives the same device again."""
+    values = {
+        field.name: value
+        for field in dataclasses.fields(Device)
+        if field.name != "name" and (value := getattr(device, field.name)) != field.default
+    }
+    return settings.to_toml(values, device.title)
 
 
 def require_this_machine(device: Device, machine: str | None = None) -> None:

@@ -12,6 +12,7 @@ from edgeadapt.cli import (
     add,
     blend,
     convert,
+    devices,
     enroll,
     export,
     inspect,
@@ -100,6 +101,7 @@ app.command("remove")(remove.remove)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("profile")(profile.profile)
+app.add_typer(devices.app, name="devices")
 app.command("list")(listing.listing)
 
 

@@ -39,6 +39,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory_bytes(proc: Path = PROC) -> int | None:
+    """Return how much memory a process could still get without swapping."""
+    return _table(proc / "meminfo").get("MemAvailable")
+
+
 def memory_now(process: Path = PROC / "self") -> dict[str, int | None]:
     """Return a process's memory in bytes (`process`: its folder in /proc).
 
