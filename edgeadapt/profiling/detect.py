@@ -24,6 +24,10 @@ from edgeadapt.runtime import ort
 _SECONDS = 1.0
 """How long each thing is tried; the fastest try counts: what disturbs makes it slower, never faster."""
 _FEWEST_RUNS = 5
+_PART = 4 << 20
+"""Numbers of four bytes that a thread reads at once."""
+_UNDISTURBED = 10
+"""Percentile of the times of parts that counts."""
 _ROWS = 128
 _CHAINS = (50, 450)
 _CACHES = 4
@@ -31,6 +35,7 @@ _CACHES = 4
 _UNKNOWN_CACHE_BYTES = 64 << 20
 _LARGEST_SHARE = 0.25
 """Of the memory that is free, for what is streamed."""
+Clock = Callable[[], float]
 _INSTRUCTION_SETS = re.compile(r"(sse4_[12]|avx.*|f16c|fma|amx_.*)$")
 
 
@@ -46,6 +51,7 @@ def detect_device(
     name: str,
     *,
     threads: int | None = None,
+    clock: Clock = time.perf_counter,
     progress: Progress = SILENT,
     proc: Path = system.PROC,
     sys: Path = system.SYS,
@@ -55,6 +61,7 @@ def detect_device(
     Args:
         name: of the device.
         threads: with how many it is measured, None for one per core; a number is kept in the device.
+        clock: tells seconds; with one thread `time.process_time` leaves out when others had the core.
         progress: is told what goes on.
         proc: where Linux says what it knows of processes and processors.
         sys: where it says what it knows of hardware.
@@ -64,12 +71,12 @@ def detect_device(
     cores = system.available_cores()
     used = threads or cores
     with progress.stage("measure memory"):
-        bandwidth = memory_bandwidth(used, _streamed_bytes(proc, sys))
+        bandwidth = memory_bandwidth(used, _streamed_bytes(proc, sys), clock)
     with progress.stage("measure arithmetic"):
-        float32 = _operations_per_s(probe_graphs.float32_product(), used)
-        int8 = _operations_per_s(probe_graphs.int8_product(), used)
+        float32 = _operations_per_s(probe_graphs.float32_product(), used, clock)
+        int8 = _operations_per_s(probe_graphs.int8_product(), used, clock)
     with progress.stage("measure operators"):
-        overhead = _operator_overhead_s(used)
+        overhead = _operator_overhead_s(used, clock)
     device = Device(
         name=name,
         title=facts["cpu"] or f"a machine with {cores} cores",
@@ -91,12 +98,27 @@ def detect_device(
     return Detected(device, disturbances(Noise(**meter.read())))
 
 
-def memory_bandwidth(threads: int, size_bytes: int) -> float:
-    """Return how many bytes a second `threads` threads read together, from arrays of `size_bytes` in all."""
-    parts = [np.ones(max(size_bytes // threads // 4, 1), np.int32) for _ in range(threads)]
-    read = sum(part.nbytes for part in parts)
+def memory_bandwidth(threads: int, size_bytes: int, clock: Clock = time.perf_counter) -> float:
+    """Return how many bytes a second `threads` threads read together, from arrays of `size_bytes` in all.
+
+    They go through the arrays in parts, one of each thread at a time, again and again: whole rounds would be disturbed
+    more often than not where others use the machine too, and no part is still in a cache when its turn comes again.
+    """
+    arrays = [np.ones(max(size_bytes // threads // 4, _PART), np.int32) for _ in range(threads)]
+    starts = range(0, arrays[0].size - _PART + 1, _PART)
+    samples: list[float] = []
     with ThreadPoolExecutor(threads) as pool:  # numpy lets go of Python's lock while it works
-        return read / _fastest_s(lambda: list(pool.map(np.max, parts)))
+
+        def read(start: int) -> float:
+            parts = [array[start : start + _PART] for array in arrays]
+            before = clock()
+            list(pool.map(np.max, parts))
+            return clock() - before
+
+        end = time.perf_counter() + _SECONDS
+        while len(samples) < _FEWEST_RUNS or time.perf_counter() < end:
+            samples += [read(start) for start in starts]
+    return threads * 4 * _PART / float(np.percentile(samples, _UNDISTURBED))
 
 
 def cpu_features(proc: Path = system.PROC) -> tuple[str, ...]:
@@ -130,20 +152,22 @@ def _streamed_bytes(proc: Path, sys: Path) -> int:
     return wanted if free is None else min(wanted, int(free * _LARGEST_SHARE))
 
 
-def _operations_per_s(model: bytes, threads: int) -> float:
+def _operations_per_s(model: bytes, threads: int, clock: Clock) -> float:
     """Return multiplications and additions a second of a product with _ROWS rows."""
     rows = np.random.default_rng(0).standard_normal((_ROWS, probe_graphs.WIDTH), np.float32)
-    return 2 * rows.size * probe_graphs.WIDTH / _run_s(model, rows, threads)
+    return 2 * rows.size * probe_graphs.WIDTH / _run_s(model, rows, threads, clock)
 
 
-def _operator_overhead_s(threads: int) -> float:
+def _operator_overhead_s(threads: int, clock: Clock) -> float:
     """Return what one more operator adds: the difference of two chains."""
     row = np.ones((1, probe_graphs.CHAIN_WIDTH), np.float32)
-    short, long = (_run_s(probe_graphs.chain(length), row, threads) for length in _CHAINS)
+    short, long = (_run_s(probe_graphs.chain(length), row, threads, clock) for length in _CHAINS)
     return max(long - short, 1e-9) / (_CHAINS[1] - _CHAINS[0])
 
 
-def _run_s(model: bytes, values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], threads: int) -> float:
+def _run_s(
+    model: bytes, values: np.ndarray[tuple[int, ...], np.dtype[np.float32]], threads: int, clock: Clock
+) -> float:
     with tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         path = Path(folder) / "probe.onnx"
         path.write_bytes(model)
@@ -151,16 +175,16 @@ def _run_s(model: bytes, values: np.ndarray[tuple[int, ...], np.dtype[np.float32
         binding = ort.Binding(graph, {})
         binding.set_input(probe_graphs.INPUT, ort.Tensor(values))
         binding.set_output("y", ort.Tensor(np.empty_like(values)))
-        return _fastest_s(binding.run)
+        return _fastest_s(binding.run, clock)
 
 
-def _fastest_s(work: Callable[[], object]) -> float:
+def _fastest_s(work: Callable[[], object], clock: Clock) -> float:
     work()
     best, runs, end = float("inf"), 0, time.perf_counter() + _SECONDS
     while runs < _FEWEST_RUNS or time.perf_counter() < end:
-        start = time.perf_counter()
+        start = clock()
         work()
-        best, runs = min(best, time.perf_counter() - start), runs + 1
+        best, runs = min(best, clock() - start), runs + 1
     return best
 
 
