@@ -19,6 +19,7 @@ from edgeadapt.cli import (
     interrupts,
     listing,
     output,
+    predict,
     profile,
     remove,
     run,
@@ -101,6 +102,7 @@ app.command("remove")(remove.remove)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("profile")(profile.profile)
+app.command("predict")(predict.predict)
 app.add_typer(devices.app, name="devices")
 app.command("list")(listing.listing)
 
