@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ class Device:
     listen: this machine's address at which a phone's browser finds the page, None for this machine alone
     threads: intra-op threads, None for as many as the machine has cores
     machine: what `uname -m` says on it, None for any machine; operating_system: its name and version
-    cores: logical cores, the fastest kind first in a phone; cpu_features: instruction sets, as Linux names them
+    cores: logical cores, of all kinds; cpu_features: instruction sets, as Linux names them
+    clock_hz: the highest clock of its fastest cores
     memory_bytes: how much memory it has; memory_bandwidth_bytes_per_s: how fast all its cores together read it
     peak_flops_float32, peak_ops_int8: multiplications and additions a second that all its cores together reach
+    operator_overhead_s: what an operator costs beside its memory and arithmetic; only measuring tells it
+    measured: its rates were measured (`edgeadapt devices detect`); else they are what its makers say it could reach
     thermal: what limits it under load
     """
 
@@ -42,10 +46,13 @@ class Device:
     operating_system: str | None = None
     cores: int | None = None
     cpu_features: tuple[str, ...] = ()
+    clock_hz: float | None = None
     memory_bytes: int | None = None
     memory_bandwidth_bytes_per_s: float | None = None
     peak_flops_float32: float | None = None
     peak_ops_int8: float | None = None
+    operator_overhead_s: float | None = None
+    measured: bool = False
     thermal: str | None = None
     sources: tuple[str, ...] = ()
 
@@ -55,9 +62,11 @@ class Device:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"field {field} must be at least 1, got {value}")
+        if self.operator_overhead_s is not None and not 0 < self.operator_overhead_s < 1:
+            raise ValueError(f"field operator_overhead_s must be above 0 and below 1, got {self.operator_overhead_s}")
 
 
-_RATES = ("memory_bandwidth_bytes_per_s", "peak_flops_float32", "peak_ops_int8")
+_RATES = ("clock_hz", "memory_bandwidth_bytes_per_s", "peak_flops_float32", "peak_ops_int8")
 
 
 def read_device(name: str | Path) -> Device:
@@ -71,6 +80,16 @@ def read_device(name: str | Path) -> Device:
     if "name" in data:
         raise RecipeError(f"{path}: unknown field name", hint="a device's name is its file's name")
     return from_mapping(Device, {**data, "name": path.stem}, str(path), RecipeError)
+
+
+def device_toml(device: Device) -> str:
+    """Return the text of a device's file; `read_device` gives the same device again."""
+    values = {
+        field.name: value
+        for field in dataclasses.fields(Device)
+        if field.name != "name" and (value := getattr(device, field.name)) != field.default
+    }
+    return settings.to_toml(values, device.title)
 
 
 def require_this_machine(device: Device, machine: str | None = None) -> None:

@@ -6,7 +6,9 @@ A file is named by its path, or, for those that ship with edgeadapt, by its file
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +76,16 @@ def summary(path: Path) -> str:
     """Return a settings file's first comment line, "" if it does not start with one."""
     first = path.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
+
+
+def to_toml(values: Mapping[str, str | int | float | bool | Sequence[str]], comment: str) -> str:
+    """Return settings as TOML after a comment line; `read` gives the same values again."""
+    lines = [f"# {' '.join(comment.split())}"]
+    for key, value in values.items():
+        if isinstance(value, str | bool | int):
+            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
+        elif isinstance(value, float):
+            lines.append(f"{key} = {value!r}")
+        else:
+            lines += [f"{key} = [", *(f"    {json.dumps(item, ensure_ascii=False)}," for item in value), "]"]
+    return "\n".join(lines) + "\n"

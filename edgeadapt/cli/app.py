@@ -13,12 +13,14 @@ from edgeadapt.cli import (
     blend,
     compare,
     convert,
+    devices,
     enroll,
     export,
     inspect,
     interrupts,
     listing,
     output,
+    predict,
     profile,
     remove,
     report,
@@ -104,6 +106,8 @@ app.command("run")(run.run)
 app.command("profile")(profile.profile)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
+app.command("predict")(predict.predict)
+app.add_typer(devices.app, name="devices")
 app.command("list")(listing.listing)
 
 

@@ -197,6 +197,7 @@ def _memory(stages: Mapping[str, Any], bundle: Bundle) -> Memory:
         run_file_bytes=ran.get("file_bytes"),
         loaded_proportional_bytes=loaded.get("proportional_bytes"),
         run_proportional_bytes=ran.get("proportional_bytes"),
+        run_gpu_bytes=ran.get("gpu_bytes"),
         further_adapters_resident_bytes=added,
         kv_cache_bytes_per_token=None if spec is None else spec.cache_bytes_per_token,
     )

@@ -139,6 +139,7 @@ FIGURES: Mapping[str, Figure] = {
     "run_file_bytes": _memory("mapped files after a run", "run_file_bytes"),
     "loaded_proportional_bytes": _memory("proportional memory after load", "loaded_proportional_bytes"),
     "run_proportional_bytes": _memory("proportional memory after a run", "run_proportional_bytes"),
+    "run_gpu_bytes": _memory("memory of the GPU after a run", "run_gpu_bytes"),
     "kv_cache_bytes_per_token": _memory("key-value cache, for each token", "kv_cache_bytes_per_token"),
     "total_bytes": Figure("size on disk", "bytes", _part("sizes", "total_bytes")),
     "model_bytes": Figure("models made for this runtime", "bytes", _part("sizes", "model_bytes")),

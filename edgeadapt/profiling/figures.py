@@ -69,6 +69,7 @@ class Memory:
     *_proportional_bytes: a page that n processes share counts as 1/n (PSS)
     further_adapters: what each further adapter adds to resident memory, in the order in which they were used; the
         first one may include a second graph
+    run_gpu_bytes: on NVIDIA GPUs, as their driver counts it; None where nothing runs there
     kv_cache_bytes_per_token: what a decoder's self-attention keeps of each token of each text, by its shape
     """
 
@@ -82,6 +83,7 @@ class Memory:
     run_proportional_bytes: int | None
     further_adapters_resident_bytes: dict[str, int | None]
     kv_cache_bytes_per_token: int | None
+    run_gpu_bytes: int | None = None
 
 
 @dataclass(frozen=True)

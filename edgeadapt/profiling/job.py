@@ -52,12 +52,14 @@ class Models:
     files: "plain", and "slots" where there are adapters, to paths in the folder
     options: what the engine wants to know; it refuses what it does not
     adapters: arrays by name of input for each adapter, where they are not those of the bundle's graphs
+    defaults: what adapters' inputs hold that an adapter does not fill, where the graphs do not say it themselves
     notes: what a reader of the figures must know
     """
 
     files: Mapping[str, str]
     options: Mapping[str, Any]
     adapters: Mapping[str, Mapping[str, Array]] | None = None
+    defaults: Mapping[str, Array] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -118,6 +120,7 @@ def write_job(
             name: {} if through_session else tensors.add(_inputs_of(bundle, models, name))
             for name in bundle.adapter_names
         },
+        "defaults": tensors.add(models.defaults or {}),
         "decoder": None if spec is None else _decoder(bundle, spec),
         "checks": _checks(bundle, tensors),
         "inputs": _timed_inputs(bundle, spec, workload, tensors),

@@ -113,7 +113,7 @@ def prepared(
             f"device {chosen.name!r} opens no page, so there is nothing to listen on {chosen.listen!r} for",
             hint="leave --listen out, or choose --device phone",
         )
-    name = runtime or chosen.runtime
+    name = (runtime or chosen.runtime).replace("-", "_")  # a file's name, which people write as ort-mobile
     module = registry.load(RUNTIMES, name, ProfileError)
     module.require(chosen)
     opened = open_bundle(bundle)

@@ -62,6 +62,7 @@ def _memory_rows(memory: Memory) -> list[tuple[str, str | None]]:
         ("of it the process's own", size_text(memory.run_anonymous_bytes)),
         ("of it mapped files", size_text(memory.run_file_bytes)),
         ("memory at peak", size_text(memory.peak_resident_bytes)),
+        ("memory of the GPU after a run", size_text(memory.run_gpu_bytes)),
         ("key-value cache, for each token", size_text(memory.kv_cache_bytes_per_token)),
     ]
     for name, added in memory.further_adapters_resident_bytes.items():

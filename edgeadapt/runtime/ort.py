@@ -44,6 +44,8 @@ _DTYPES: dict[str, type[np.generic]] = {
     "tensor(bool)": np.bool_,
 }
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_BUILT = _PROVIDERS | {"tensorrt": "TensorrtExecutionProvider"}
+"""A session runs on the first two; the last one is only measured."""
 _FAILURES: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
@@ -57,12 +59,12 @@ def version() -> str:
 
 
 def available_providers() -> tuple[str, ...]:
-    """Return the providers that this installation of ONNX Runtime was built with: "cpu" and perhaps "cuda".
+    """Return the providers that this installation of ONNX Runtime was built with: "cpu" and perhaps "cuda", "tensorrt".
 
     A provider that is built in can still fail to start; only `open_graph` tells.
     """
     built = ort.get_available_providers()
-    return tuple(name for name, long_name in _PROVIDERS.items() if long_name in built)
+    return tuple(name for name, long_name in _BUILT.items() if long_name in built)
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class OrtGraph:
             hint = "check the bundle with `edgeadapt verify`"
             raise _failed(f"{path} could not be opened", error, hint) from error
         if _PROVIDERS[provider] not in self._session.get_providers():
-            raise _cuda_error(started=False)
+            raise _cuda_not_started()
         self.inputs = _infos(self._session.get_inputs())
         self.optional = _infos(self._session.get_overridable_initializers())
         self.outputs = _infos(self._session.get_outputs())
@@ -367,8 +369,32 @@ def check_provider(provider: str) -> None:
     """
     if provider not in _PROVIDERS:
         raise SessionError(f"unknown provider {provider!r}", hint=f"known: {', '.join(_PROVIDERS)}")
-    if provider == "cuda" and (not gpu_is_visible() or "cuda" not in available_providers()):
-        raise _cuda_error(started=None)
+    if provider == "cuda":
+        check_gpu(provider)
+
+
+def check_gpu(provider: str) -> None:
+    """Raise a `SessionError` that says why `provider` ("cuda" or "tensorrt") cannot be used here, if that is known.
+
+    Raises:
+        SessionError: if no GPU is visible, or ONNX Runtime was built without CUDA or TensorRT.
+    """
+    if not gpu_is_visible():
+        raise SessionError(
+            f"provider {provider!r} needs an NVIDIA GPU, and none can be seen (no /dev/nvidia*, no nvidia-smi)",
+            hint="choose 'cpu', or a machine with a GPU and its driver",
+        )
+    built = available_providers()
+    if "cuda" not in built:
+        raise SessionError(
+            f"ONNX Runtime {version()} was built without CUDA",
+            hint="pip uninstall onnxruntime && pip install onnxruntime-gpu",
+        )
+    if provider not in built:
+        raise SessionError(
+            f"ONNX Runtime {version()} was built without TensorRT",
+            hint="install a build that has it (https://onnxruntime.ai/docs/execution-providers), or choose 'cuda'",
+        )
 
 
 def gpu_is_visible(devices: Path = Path("/dev")) -> bool:
@@ -376,17 +402,7 @@ def gpu_is_visible(devices: Path = Path("/dev")) -> bool:
     return any(devices.glob("nvidia[0-9]*")) or (devices / "dxg").exists() or shutil.which("nvidia-smi") is not None
 
 
-def _cuda_error(*, started: bool | None) -> SessionError:
-    if not gpu_is_visible():
-        return SessionError(
-            "provider 'cuda' needs an NVIDIA GPU, and none can be seen (no /dev/nvidia*, no nvidia-smi)",
-            hint="choose 'cpu', or a machine with a GPU and its driver",
-        )
-    if started is None:
-        return SessionError(
-            f"ONNX Runtime {version()} was built without CUDA",
-            hint="pip uninstall onnxruntime && pip install onnxruntime-gpu",
-        )
+def _cuda_not_started() -> SessionError:
     return SessionError(
         "ONNX Runtime could not start CUDA and would have used the CPU: CUDA or cuDNN libraries are missing or too old",
         hint='pip install "onnxruntime-gpu[cuda,cudnn]", or put the CUDA libraries on LD_LIBRARY_PATH',

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import platform
+import re
 
 import pytest
 
@@ -14,7 +15,29 @@ def test_every_shipped_device_is_whole_and_sourced(name):
     device = read_device(name)
     assert device.name == name
     assert device.sources
+    assert all(re.fullmatch(r"https://[\w.-]+/\S*", source) for source in device.sources)
+    assert not device.measured, "what ships is what makers say"
     assert settings.summary(settings.find("devices", name))
+
+
+def test_at_least_twelve_devices_ship():
+    assert len(settings.names("devices")) >= 12
+
+
+def test_a_bandwidth_is_memory_width_times_rate():
+    """The figures that are computed, again: bits of width / 8 x transfers a second."""
+    expected = {
+        "raspberry-pi-4": 32 / 8 * 3200e6,
+        "raspberry-pi-5": 32 / 8 * 4267e6,
+        "jetson-orin-nano": 128 / 8 * 6400e6,
+        "pixel-7a": 64 / 8 * 6400e6,
+        "galaxy-s24": 64 / 8 * 9600e6,
+        "iphone-15-pro": 64 / 8 * 6400e6,
+        "laptop-7840u": 128 / 8 * 5600e6,
+        "macbook-air-m2": 128 / 8 * 6400e6,
+    }
+    for name, bandwidth in expected.items():
+        assert read_device(name).memory_bandwidth_bytes_per_s == pytest.approx(bandwidth, rel=0.03), name
 
 
 def test_the_cpu_is_always_this_machine():
@@ -35,10 +58,8 @@ def test_an_unknown_device_is_refused():
     with pytest.raises(RecipeError) as caught:
         read_device("rasberry-pi-5")
     assert caught.value.message == "unknown device 'rasberry-pi-5'"
-    assert caught.value.hint == (
-        f"did you mean 'raspberry-pi-5'? known: {', '.join(settings.names('devices'))}; "
-        "or give the path of a .toml file"
-    )
+    known = ", ".join(settings.names("devices"))
+    assert caught.value.hint == f"did you mean 'raspberry-pi-5'? known: {known}; or give the path of a .toml file"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +73,10 @@ def test_an_unknown_device_is_refused():
             "field provider must be one of 'cpu', 'cuda', 'tensorrt', 'wasm', 'webgpu', got the string 'npu'",
         ),
         ('title = "t"\nprovider = "cpu"\nthreads = 0\n', "field threads must be at least 1, got 0"),
+        (
+            'title = "t"\nprovider = "cpu"\noperator_overhead_s = 2.0\n',
+            "field operator_overhead_s must be above 0 and below 1, got 2.0",
+        ),
         ('title = "t"\nprovider = "cpu"\nthreads = 1.5\n', "field threads must be an integer, got the number 1.5"),
     ],
 )

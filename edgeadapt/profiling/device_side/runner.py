@@ -33,6 +33,7 @@ _RUNS_PER_REPEAT = 10
 _TAX_STEPS = 16
 _CHECKED_STEPS = 4
 _OPERATOR_STEPS = 10
+_ON_GPU = ("cuda", "tensorrt")
 
 Array = Any
 Samples = dict[str, Any]
@@ -201,7 +202,8 @@ def measure_memory(engine: Any, job: dict[str, Any], tensors: dict[str, Array], 
     stages["after_load"] = system.memory_now()
     work = Work(engine, job, tensors)
     work.once()
-    stages["after_run"] = system.memory_now()
+    on_gpu = job["options"].get("provider") in _ON_GPU
+    stages["after_run"] = {**system.memory_now(), "gpu_bytes": system.gpu_memory_now() if on_gpu else None}
     stages["further_adapters"] = further = {}
     for name in job["others"]:
         engine.use(name)

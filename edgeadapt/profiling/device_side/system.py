@@ -39,6 +39,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def free_memory_bytes(proc: Path = PROC) -> int | None:
+    """Return how much memory a process could still get without swapping."""
+    return _table(proc / "meminfo").get("MemAvailable")
+
+
 def memory_now(process: Path = PROC / "self") -> dict[str, int | None]:
     """Return a process's memory in bytes (`process`: its folder in /proc).
 
@@ -54,6 +59,20 @@ def memory_now(process: Path = PROC / "self") -> dict[str, int | None]:
         "anonymous_bytes": status.get("RssAnon"),
         "file_bytes": status["RssFile"] + shared if "RssFile" in status else None,
     }
+
+
+def gpu_memory_now(process: int | None = None) -> int | None:
+    """Return the bytes that a process (this one) holds on all NVIDIA GPUs, as their driver says.
+
+    None where it does not say, as in a container whose processes have other numbers outside.
+    """
+    answer = _ask_driver("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    rows = [line.split(",") for line in (answer or "").splitlines()]
+    wanted = str(os.getpid() if process is None else process)
+    held = [row[1].strip() for row in rows if len(row) == 2 and row[0].strip() == wanted]
+    if not held or not all(mebibytes.isdecimal() for mebibytes in held):
+        return None
+    return sum(int(mebibytes) for mebibytes in held) * 2**20
 
 
 class MemoryTimeline:
@@ -266,13 +285,17 @@ def _cpu_name(proc: Path) -> str | None:
 
 
 def _gpu_name() -> str | None:
+    lines = (_ask_driver("--query-gpu=name,driver_version", "--format=csv,noheader") or "").splitlines()
+    return lines[0] if lines else None
+
+
+def _ask_driver(*arguments: str) -> str | None:
+    """Return what nvidia-smi answers, None where there is none or it fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    command = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        found = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    lines = found.stdout.strip().splitlines()
-    return lines[0] if lines else None
+    return found.stdout.strip()

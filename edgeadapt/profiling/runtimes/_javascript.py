@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from edgeadapt.bundle import Bundle
-from edgeadapt.profiling.required_inputs import ReadExternal, require_inputs
-from edgeadapt.profiling.runtimes.onnxruntime import graphs_of
+from edgeadapt.profiling.runtimes._required import required_graphs
 
 _DEFAULTS = "model/defaults.safetensors"
 
@@ -27,17 +25,7 @@ def write_graphs(bundle: Bundle, folder: Path) -> tuple[dict[str, str], dict[str
         ProfileError: if the bundle has several graphs.
         BundleError: if its files are damaged.
     """
-    files = graphs_of(bundle, folder)
-    (graph,) = bundle.manifest.graphs.values()
-    defaults: dict[str, NDArray[Any]] = {}
-    for kind, name in (("plain", graph.plain), ("slots", graph.slots)):
-        if name is None:
-            continue
-        model, found = require_inputs(bundle.read(name), _reader(bundle.file(name).parent))
-        target = folder / files[kind]
-        target.unlink()  # it may be a link to the bundle's own file
-        target.write_bytes(model)
-        defaults |= found
+    files, defaults = required_graphs(bundle, folder)
     if not defaults:
         return files, {}
     save_file({name: np.ascontiguousarray(value) for name, value in defaults.items()}, folder / _DEFAULTS)
@@ -48,12 +36,3 @@ def external_files(bundle: Bundle) -> list[str]:
     """Return the files of weights beside the graphs, by their paths in the job's folder."""
     weights = [path for path, record in bundle.manifest.files.items() if record.role == "weights"]
     return sorted(f"model/{Path(path).name}" for path in weights)
-
-
-def _reader(folder: Path) -> ReadExternal:
-    def read(name: str, offset: int, length: int | None) -> bytes:
-        with (folder / Path(name).name).open("rb") as file:
-            file.seek(offset)
-            return file.read(-1 if length is None else length)
-
-    return read

@@ -28,7 +28,8 @@ def require(device: Device) -> None:
         )
     if device.transport == "local" and device.interpreter is None:
         try:
-            ort.check_provider(device.provider)
+            if device.provider != "cpu":
+                ort.check_gpu(device.provider)
         except SessionError as error:
             raise ProfileError(error.message, hint=error.hint) from error
 

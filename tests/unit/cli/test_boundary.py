@@ -194,6 +194,6 @@ def test_python_dash_m_works_from_a_folder_with_spaces(tmp_path, root):
         text=True,
         check=True,
     )
-    assert result.stdout.startswith("cpu ")
+    assert result.stdout.startswith(f"{settings.names('devices')[0]} ")
     assert result.stderr == ""
     assert list(Path(folder).iterdir()) == []

@@ -49,6 +49,26 @@ def test_memory_as_proc_tells_it(tmp_path):
     assert system.memory_now(tmp_path / "none") == UNKNOWN
 
 
+@pytest.mark.parametrize(
+    ("answer", "held"),
+    [
+        ("echo '77, 300'; echo '78, 512'; echo '78, 100'", 612 * 2**20),
+        ("echo '77, 300'", None),
+        ("echo '78, [N/A]'", None),
+        ("echo 'No devices were found'; exit 6", None),
+        (":", None),
+    ],
+)
+def test_memory_of_gpus_as_their_driver_tells_it(answer, held, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert system.gpu_memory_now(78) == held
+    program.unlink()
+    assert system.gpu_memory_now(78) is None
+
+
 def test_memory_sees_what_is_allocated():
     before = system.memory_now()
     if before["resident_bytes"] is None:

@@ -8,13 +8,17 @@ import sys
 from statistics import median
 
 import numpy as np
+import onnxruntime
 import pytest
 
+from edgeadapt import registry
 from edgeadapt.device import Device
 from edgeadapt.errors import BundleError, ProfileError
 from edgeadapt.fields import from_mapping
 from edgeadapt.profiling import Profile, launch, profile, rows
+from edgeadapt.profiling.device_side.engines import onnxruntime as engine
 from edgeadapt.profiling.figures import Prefill
+from edgeadapt.profiling.profile import RUNTIMES
 from edgeadapt.runtime import ort
 
 SMALL = {"threads": 1, "prompt_tokens": 8, "new_tokens": 5, "repeats": 2}
@@ -210,6 +214,59 @@ def test_cuda_without_its_runtime_is_a_precise_error(decoder, monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("visible", "built", "message"),
+    [
+        (
+            False,
+            ("cpu",),
+            (
+                "provider 'tensorrt' needs an NVIDIA GPU, and none can be seen (no /dev/nvidia*, no nvidia-smi)\n"
+                "Hint: choose 'cpu', or a machine with a GPU and its driver"
+            ),
+        ),
+        (
+            True,
+            ("cpu",),
+            (
+                f"ONNX Runtime {ort.version()} was built without CUDA\n"
+                "Hint: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+            ),
+        ),
+        (
+            True,
+            ("cpu", "cuda"),
+            (
+                f"ONNX Runtime {ort.version()} was built without TensorRT\nHint: install a build that has it "
+                "(https://onnxruntime.ai/docs/execution-providers), or choose 'cuda'"
+            ),
+        ),
+    ],
+)
+def test_tensorrt_that_cannot_run_is_a_precise_error(visible, built, message, decoder, monkeypatch):
+    monkeypatch.setattr(ort, "gpu_is_visible", lambda: visible)
+    monkeypatch.setattr(ort, "available_providers", lambda: built)
+    with pytest.raises(ProfileError) as caught:
+        profile(decoder, device="tensorrt", **SMALL)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "provider"), [("cuda", "CUDAExecutionProvider"), ("tensorrt", "TensorrtExecutionProvider")]
+)
+def test_a_device_whose_runtime_lacks_the_gpu_says_so(name, provider, decoder):
+    """Nothing is known of another Python until it runs."""
+    if provider in onnxruntime.get_available_providers():
+        pytest.skip(f"this ONNX Runtime has {provider}")
+    device = Device("board", "a board", name, runtime="onnxruntime", interpreter=sys.executable)
+    with pytest.raises(ProfileError) as caught:
+        profile(decoder, device=device, **SMALL)
+    assert str(caught.value) == (
+        f"ONNX Runtime {ort.version()} was built without {provider}\n"
+        "Hint: pip uninstall onnxruntime && pip install onnxruntime-gpu"
+    )
+
+
 def test_another_machine_is_refused(decoder):
     with pytest.raises(ProfileError, match="device 'pi' is an pdp11 machine, and this one is "):
         profile(decoder, device=Device("pi", "a Pi", "cpu", machine="pdp11"), **SMALL)
@@ -229,7 +286,7 @@ def test_an_unknown_adapter_or_runtime_is_refused(decoder):
     assert str(caught.value) == f"{decoder} has no adapter 'c'\nHint: adapters of this bundle: a, b"
     with pytest.raises(ProfileError) as caught:
         profile(decoder, runtime="abacus", **SMALL)
-    assert str(caught.value) == "unknown runtime 'abacus'\nHint: known: onnxruntime, session"
+    assert str(caught.value) == "unknown runtime 'abacus'\nHint: known: " + ", ".join(registry.names(RUNTIMES))
 
 
 def test_what_fails_in_the_child_is_told(decoder):
@@ -330,3 +387,25 @@ def test_the_quietest_try_is_reported(decoder, monkeypatch):
     assert found.noisy
     assert found.warnings[-1] == "other processes used 30% of the cores' time"
     assert found.latency_p50_s == found.attempts[1].latency_p50_s
+
+
+def test_a_provider_that_does_not_start_is_an_error_and_no_figure_of_the_cpu(decoder, monkeypatch):
+    """ONNX Runtime itself would log a line and run on the CPU."""
+    real, loaded = onnxruntime.InferenceSession, []
+
+    def fall_back(*args, **options):
+        return real(*args, **(options | {"providers": ["CPUExecutionProvider"]}))
+
+    wanted = ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(engine.ort, "get_available_providers", lambda: wanted)
+    monkeypatch.setattr(engine.ort, "preload_dlls", lambda: loaded.append(True), raising=False)
+    monkeypatch.setattr(engine.ort, "InferenceSession", fall_back)
+    job = {"options": {"provider": "tensorrt", "threads": 1}, "models": {"plain": "graph/decoder.plain.onnx"}}
+    opened = engine.Engine(str(decoder), job, {})
+    with pytest.raises(engine.NotStartedError) as caught:
+        opened.open()
+    assert loaded
+    assert caught.value.message == (
+        "ONNX Runtime could not start TensorrtExecutionProvider and would have used CPUExecutionProvider"
+    )
+    assert caught.value.hint.startswith("pip install tensorrt")

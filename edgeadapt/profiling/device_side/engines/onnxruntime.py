@@ -20,12 +20,24 @@ _PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+_MISSING = {
+    "cuda": 'pip install "onnxruntime-gpu[cuda,cudnn]", or put the CUDA libraries on LD_LIBRARY_PATH',
+    "tensorrt": 'pip install tensorrt-cu12 "onnxruntime-gpu[cuda,cudnn]", or put their libraries on LD_LIBRARY_PATH',
+}
 _OPTIONS = ("provider", "threads")
 
 
 def version() -> str:
     """Return ONNX Runtime's version."""
     return str(ort.__version__)
+
+
+class NotStartedError(RuntimeError):
+    """A provider that was asked for does not run; `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message, self.hint = message, hint
 
 
 class Engine:
@@ -38,6 +50,8 @@ class Engine:
         self._folder, self._job, self._tensors = Path(folder), job, tensors
         self._provider, self._threads = job["options"]["provider"], job["options"]["threads"]
         self._device = "cpu" if self._provider == "cpu" else "cuda"
+        if self._device == "cuda":
+            _find_libraries(self._provider)
         self._sessions: dict[str, Any] = {}
         self._resident: dict[str, dict[str, Any]] = {}
         self._graph = "plain"
@@ -56,17 +70,17 @@ class Engine:
         if adapter is not None and adapter not in self._resident:
             names = self._job["adapters"][adapter]
             self._resident[adapter] = {name: self._value(self._tensors[key]) for name, key in names.items()}
-        self._graph = "plain" if adapter is None else "slots"
-        self._fed = {} if adapter is None else self._resident[adapter]
-        self._session(self._graph)
-        self._binding = None
+        self._make_ready("plain" if adapter is None else "slots", {} if adapter is None else self._resident[adapter])
 
     def idle(self) -> None:
         """Run the base in the graph that takes adapters, with none fed."""
-        self.use(None)
-        if "slots" in self._job["models"]:
-            self._graph = "slots"
-            self._session("slots")
+        self._make_ready("slots" if "slots" in self._job["models"] else "plain", {})
+
+    def _make_ready(self, graph: str, fed: dict[str, Any]) -> None:
+        self._graph, self._fed, self._binding = graph, fed, None
+        self._session(graph)
+        if self._cache:
+            self._bound()
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run a single pass."""
@@ -152,8 +166,11 @@ class Engine:
                 options.enable_profiling, options.profile_file_prefix = True, profile
             path = self._folder / self._job["models"][graph]
             session = ort.InferenceSession(os.fspath(path), options, providers=_PROVIDERS[self._provider])
-            if _PROVIDERS[self._provider][0] not in session.get_providers():
-                raise RuntimeError(f"ONNX Runtime could not start {_PROVIDERS[self._provider][0]}")
+            wanted = _PROVIDERS[self._provider][0]
+            if wanted not in session.get_providers():
+                others = ", ".join(session.get_providers())
+                message = f"ONNX Runtime could not start {wanted} and would have used {others}"
+                raise NotStartedError(message, _MISSING.get(self._provider, "see what ONNX Runtime printed"))
             self._sessions[graph] = session
         return self._sessions[graph]
 
@@ -167,6 +184,16 @@ class Engine:
         """Free everything."""
         self._binding, self._cache, self._resident, self._fed = None, {}, {}, {}
         self._sessions.clear()
+
+
+def _find_libraries(provider: str) -> None:
+    """Load CUDA libraries that were installed as Python packages, where ONNX Runtime was built for them."""
+    wanted = _PROVIDERS[provider][0]
+    if wanted not in ort.get_available_providers():
+        message = f"ONNX Runtime {ort.__version__} was built without {wanted}"
+        raise NotStartedError(message, "pip uninstall onnxruntime && pip install onnxruntime-gpu")
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
 
 
 def _by_operator(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
