@@ -11,6 +11,7 @@ import edgeadapt
 from edgeadapt.cli import (
     add,
     blend,
+    compare,
     convert,
     devices,
     enroll,
@@ -22,6 +23,7 @@ from edgeadapt.cli import (
     predict,
     profile,
     remove,
+    report,
     run,
     verify,
 )
@@ -102,6 +104,8 @@ app.command("remove")(remove.remove)
 app.command("verify")(verify.verify)
 app.command("run")(run.run)
 app.command("profile")(profile.profile)
+app.command("compare")(compare.compare)
+app.command("report")(report.report)
 app.command("predict")(predict.predict)
 app.add_typer(devices.app, name="devices")
 app.command("list")(listing.listing)

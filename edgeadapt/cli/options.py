@@ -30,6 +30,31 @@ def read_pairs(flag: str, text: list[str], value_name: str) -> dict[str, str]:
     return pairs
 
 
+def read_budgets(text: list[str]) -> dict[str, float]:
+    """Return "FIGURE=LIMIT" texts as limits by figure.
+
+    Raises:
+        typer.BadParameter: if one is of another form, a name occurs twice or is no figure of a profile, or a limit is
+            no finite number.
+    """
+    from edgeadapt.errors import ProfileError
+    from edgeadapt.profiling.budget import check_budgets
+
+    budgets = {}
+    for name, value in read_pairs("--budget", text, "FIGURE=LIMIT").items():
+        try:
+            budgets[name] = float(value)
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"{value!r}, the limit of {name!r}, is not a number", param_hint="--budget"
+            ) from error
+    try:
+        check_budgets(budgets)
+    except ProfileError as error:
+        raise typer.BadParameter(f"{error.message}; {error.hint}", param_hint="--budget") from error
+    return budgets
+
+
 def read_blend(text: str) -> dict[str, float]:
     """Return "A=0.7,B=0.3" as weights by adapter.
 

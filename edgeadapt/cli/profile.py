@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgeadapt.cli import output
-from edgeadapt.cli.options import BundlePath, Json, Quiet, Threads
+from edgeadapt.cli import output as out
+from edgeadapt.cli.options import BundlePath, Json, Quiet, Threads, read_budgets
 from edgeadapt.cli.progress import reporter
+from edgeadapt.errors import ProfileError
+
+if TYPE_CHECKING:
+    from edgeadapt.profiling import Profile
+    from edgeadapt.profiling.transports import Invitation
 
 
 def profile(
@@ -25,6 +31,10 @@ def profile(
     ] = None,
     address: Annotated[
         str | None, typer.Option("--address", help="Where the device is: USER@HOST[:PORT], an adb serial, ...")
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option("--listen", help="This machine's address for a phone's browser.", show_default="this machine alone"),
     ] = None,
     interpreter: Annotated[
         str | None, typer.Option("--interpreter", help="The Python there.", show_default="python3")
@@ -46,17 +56,36 @@ def profile(
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds for each process.", show_default="no limit")
     ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="FIGURE=LIMIT",
+            help="Fail if the profile's figure is worse; may be given several times.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.json", help="Write the profile.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a report for a browser, one file.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure load time, latency, what an adapter costs, swap time and memory, in processes of their own."""
     from edgeadapt import profiling
     from edgeadapt.device import read_device
-    from edgeadapt.errors import ProfileError
     from edgeadapt.fields import to_mapping
 
+    budgets = read_budgets(budget or [])
     target = read_device(device)
-    target = replace(target, address=address or target.address, interpreter=interpreter or target.interpreter)
+    target = replace(
+        target,
+        address=address or target.address,
+        listen=listen or target.listen,
+        interpreter=interpreter or target.interpreter,
+    )
     with reporter(quiet=quiet) as progress:
         measured = profiling.profile(
             bundle,
@@ -71,13 +100,52 @@ def profile(
             operators=operators,
             attempts=attempts,
             timeout_s=timeout,
+            announce=_invite,
             progress=progress,
         )
     if json:
-        output.result_json(to_mapping(measured))
+        out.result_json(to_mapping(measured))
     elif not quiet:
-        output.table(f"{bundle} on {target.title}", profiling.rows(measured))
+        out.table(f"{bundle} on {target.title}", profiling.rows(measured))
         for warning in (*measured.notes, *measured.warnings):
-            output.warning(warning)
+            out.warning(warning)
+    _keep(measured, output, html)
+    _judge(measured, budgets)
+
+
+def _invite(invitation: Invitation) -> None:
+    """Say where somebody has to go, quiet or not: without it the command would wait for nobody."""
+    out.text(f"{invitation.qr_code}\nopen {invitation.url}\n{invitation.remark}")
+
+
+def _keep(measured: Profile, path: Path | None, html: Path | None) -> None:
+    """Write what was asked for."""
+    if path is not None:
+        from edgeadapt.profiling.stored import write_profile
+
+        write_profile(path, measured)
+    if html is not None:
+        from edgeadapt.profiling.reports import write_report
+
+        write_report("html", html, [measured])
+
+
+def _judge(measured: Profile, budgets: dict[str, float]) -> None:
+    """Fail if a budget is not kept, or something could not be measured."""
+    from edgeadapt.profiling.budget import broken
+
+    breaks = broken(measured, budgets)
+    if breaks:
+        for each in breaks[:-1]:
+            out.error(str(each), None)
+        raise ProfileError(
+            str(breaks[-1]),
+            hint="; ".join(
+                [
+                    "make the bundle smaller or faster, or the budget larger",
+                    *(f"not all was measured: {failure}" for failure in measured.failures),
+                ]
+            ),
+        )
     if measured.failures:
         raise ProfileError("not all was measured: " + "; ".join(measured.failures), hint="see the figures that were")

@@ -21,6 +21,7 @@ from edgeadapt.profiling.figures import (
     OperatorTime,
     Prefill,
     Profile,
+    Quality,
     Sizes,
     Swap,
     System,
@@ -127,6 +128,7 @@ def assemble(
         memory=None if memory is None else _memory(memory, bundle),
         sizes=_sizes(bundle, models),
         checks=tuple(from_mapping(Check, row, "checks", ProfileError) for row in found.get("checks") or ()),
+        quality=quality_of(bundle, adapter),
         operators=None
         if operators is None
         else tuple(from_mapping(OperatorTime, row, "operators", ProfileError) for row in operators),
@@ -211,6 +213,20 @@ def _sizes(bundle: Bundle, models: Path | None) -> Sizes:
     }
     made = None if models is None else sum(path.stat().st_size for path in models.rglob("*") if path.is_file())
     return Sizes(sum(roles.values()) + manifest_bytes, dict(sorted(roles.items())), adapters, made)
+
+
+def quality_of(bundle: Bundle, adapter: str | None) -> Quality | None:
+    """Return what a bundle's manifest says of an adapter's quality, or of the base's for None.
+
+    An adapter that was measured in several modes is as good as its worst one; of a merged one the base's rows speak.
+    """
+    wanted = None if adapter == bundle.manifest.merged else adapter
+    found = [row for row in bundle.manifest.quality if row.get("adapter") == wanted]
+    if not found:
+        return None
+    kls = [row["mean_kl"] for row in found if row.get("mean_kl") is not None]
+    shares = [row["top1"] for row in found if row.get("top1") is not None]
+    return Quality(max(kls, default=None), min(shares, default=None))
 
 
 def _host(found: Mapping[str, Any], runtime: str) -> Host:

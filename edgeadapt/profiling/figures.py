@@ -102,6 +102,17 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """How near the bundle's answers are to the unquantized model's, as measured when it was made; None where not.
+
+    mean_kl: of its probabilities, in nats; top1: share of positions with the same likeliest token or class
+    """
+
+    mean_kl: float | None
+    top1: float | None
+
+
+@dataclass(frozen=True)
 class OperatorTime:
     """The time of one operator in a step or pass, median; `adapter`: it is there for adapters alone."""
 
@@ -182,6 +193,7 @@ class Profile:
     runs_per_s: rows a second of a single pass, None for models that write
     latency_p*_s: of one new token, or of one single pass
     operators: longest first, None where not asked for or not told
+    quality: of the active adapter or the base, from the bundle's manifest; None where that says none
     noisy: also the quietest attempt was disturbed
     samples: the raw measurements in seconds, by name; memory_timeline: (seconds, resident bytes)
     warnings: what makes the figures doubtful; failures: what could not be measured, and why
@@ -214,6 +226,7 @@ class Profile:
     memory: Memory | None
     sizes: Sizes
     checks: tuple[Check, ...]
+    quality: Quality | None
     operators: tuple[OperatorTime, ...] | None
     system: System | None
     host: Host

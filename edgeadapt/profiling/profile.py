@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,6 +71,42 @@ def profile(
         BundleError: if it is no bundle, or has no such adapter.
         RecipeError: if there is no such device.
     """
+    check_count("attempts", attempts)
+    workload = read_workload(prompt_tokens, new_tokens, repeats, batch_size)
+    with prepared(
+        bundle,
+        workload,
+        device=device,
+        adapter=adapter,
+        threads=threads,
+        runtime=runtime,
+        timeout_s=timeout_s,
+        announce=announce,
+        progress=progress,
+    ) as run:
+        return run.measure(operators=operators, attempts=attempts, progress=progress)
+
+
+@contextmanager
+def prepared(
+    bundle: Path | str,
+    workload: Workload,
+    *,
+    device: Device | str,
+    adapter: str | None,
+    threads: int | None,
+    runtime: str | None,
+    timeout_s: float | None,
+    announce: Callable[[Invitation], None] | None,
+    progress: Progress,
+) -> Iterator[Prepared]:
+    """Give a bundle that lies on a device, ready to be measured as often as is wanted; arguments as for `profile`.
+
+    Raises:
+        ProfileError: if the device or the runtime cannot be used, or an argument is out of range.
+        BundleError: if it is no bundle, or has no such adapter.
+        RecipeError: if there is no such device.
+    """
     chosen = read_device(device) if isinstance(device, str) else device
     if chosen.listen is not None and chosen.transport != "phone":
         raise ProfileError(
@@ -80,17 +117,16 @@ def profile(
     module = registry.load(RUNTIMES, name, ProfileError)
     module.require(chosen)
     opened = open_bundle(bundle)
-    workload = _workload(prompt_tokens, new_tokens, repeats, batch_size)
-    for what, value in (("threads", 1 if threads is None else threads), ("attempts", attempts)):
-        _check_count(what, value)
+    check_count("threads", 1 if threads is None else threads)
     active, tax_adapter = _adapters(opened, adapter)
     with connect(chosen) as transport, tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         transport.announce = announce
         measured = replace(chosen, threads=threads or chosen.threads)
-        run = _Run(opened, measured, name, module, transport, Path(folder), timeout_s)
+        job = _Job(workload, active, tax_adapter)
+        run = Prepared(opened, measured, name, module, transport, Path(folder), timeout_s, job)
         with progress.stage("prepare the models"):
-            run.prepare(workload, active, tax_adapter)
-        return run.measure(workload, active, operators=operators, attempts=attempts, progress=progress)
+            run.prepare()
+        yield run
 
 
 @dataclass(frozen=True)
@@ -103,8 +139,8 @@ class _Job:
 
 
 @dataclass
-class _Run:
-    """One profile under way."""
+class Prepared:
+    """A bundle on a device."""
 
     bundle: Bundle
     device: Device
@@ -113,16 +149,16 @@ class _Run:
     transport: Transport
     folder: Path
     timeout_s: float | None
+    job: _Job
 
-    def prepare(self, workload: Workload, active: str | None, tax_adapter: str | None) -> None:
+    def prepare(self) -> None:
         """Make what the runtime opens, and send it."""
-        self._job = _Job(workload, active, tax_adapter)
         self._ask = self._prepared(self.module, self.folder / "job")
 
     def _prepared(self, module: ModuleType, folder: Path) -> Callable[[str], dict[str, Any]]:
         """Return what runs one measurement by its name."""
         folder.mkdir()
-        work = self._job.workload
+        work = self.job.workload
         longest = max(work.prompt_tokens)
         shapes = Shapes(work.batch_size, longest, longest + work.new_tokens)
         models = module.prepare(self.bundle, self.device, folder, shapes)
@@ -132,8 +168,8 @@ class _Run:
             models,
             work,
             engine=module.ENGINE,
-            active=self._job.active,
-            tax_adapter=self._job.tax_adapter,
+            active=self.job.active,
+            tax_adapter=self.job.tax_adapter,
             through_session=module.ENGINE == "session",
         )
         own: Any = getattr(module, "measure", None)  # a runtime that is no Python program starts itself
@@ -156,9 +192,16 @@ class _Run:
         return self._prepared(registry.load(RUNTIMES, name, ProfileError), self.folder / "operators")("operators")
 
     def measure(
-        self, workload: Workload, active: str | None, *, operators: bool, attempts: int, progress: Progress
+        self, *, operators: bool, attempts: int, progress: Progress, beside: Sequence[str] | None = None
     ) -> Profile:
-        """Run the measurements one after the other; what fails after the first one is told, and the rest is kept."""
+        """Run the measurements one after the other; what fails after the first one is told, and the rest is kept.
+
+        Args:
+            operators: time each operator too.
+            attempts: how often the timed figures are tried while other work disturbs them.
+            progress: is told what goes on.
+            beside: which of the runtime's measurements follow the timed figures, None for all.
+        """
         found: dict[str, Any] = {}
         tries: tuple[Attempt, ...] = ()
         failures: list[str] = []
@@ -170,7 +213,9 @@ class _Run:
             with progress.stage("time it"):
                 found, tries, failure = self._timed(attempts)
             failures += failure
-            kinds = () if failure else (*getattr(self.module, "KINDS", _BESIDE), *(("operators",) if operators else ()))
+            known = () if failure else getattr(self.module, "KINDS", _BESIDE)
+            kinds = tuple(what for what in known if beside is None or what in beside)
+            kinds += ("operators",) if operators and not failure else ()
         for what in kinds:
             try:
                 with progress.stage(f"measure {what}"):
@@ -185,9 +230,9 @@ class _Run:
             self.bundle,
             self.device,
             self.runtime,
-            workload,
+            self.job.workload,
             found,
-            adapter=active,
+            adapter=self.job.active,
             emulated=self.transport.emulated,
             attempts=tries,
             models=models if getattr(self.module, "CONVERTS", False) else None,
@@ -214,18 +259,28 @@ class _Run:
         return best[1], tuple(attempt for attempt, _ in tries), []
 
 
-def _workload(prompt_tokens: int | Sequence[int], new_tokens: int, repeats: int, batch_size: int) -> Workload:
+def read_workload(prompt_tokens: int | Sequence[int], new_tokens: int, repeats: int, batch_size: int) -> Workload:
+    """Return what is run.
+
+    Raises:
+        ProfileError: if a number is out of range.
+    """
     lengths = (prompt_tokens,) if isinstance(prompt_tokens, int | float) else tuple(prompt_tokens)
     if not lengths or len(set(lengths)) != len(lengths):
         raise ProfileError(f"prompt_tokens is {list(lengths)}", hint="give one length or several different ones")
     for length in lengths:
-        _check_count("prompt_tokens", length)
+        check_count("prompt_tokens", length)
     for name, value in (("new_tokens", new_tokens), ("repeats", repeats), ("batch_size", batch_size)):
-        _check_count(name, value)
+        check_count(name, value)
     return Workload(lengths, new_tokens, repeats, batch_size)
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number of 1 or more.
+
+    Raises:
+        ProfileError: naming it.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ProfileError(f"{name} is {value!r}", hint="give a whole number of 1 or more")
 

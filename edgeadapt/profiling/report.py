@@ -10,23 +10,23 @@ def rows(profile: Profile) -> list[dict[str, str]]:
     unit = "token" if profile.prefills else "run"
     percentiles = (profile.latency_p50_s, profile.latency_p90_s, profile.latency_p95_s, profile.latency_p99_s)
     values = [
-        ("process start", _time(profile.process_start_s)),
-        ("load", _time(profile.load_time_s)),
-        ("load, files only on storage", _time(profile.cold_load_time_s)),
-        ("first run", _time(profile.first_run_s)),
+        ("process start", time_text(profile.process_start_s)),
+        ("load", time_text(profile.load_time_s)),
+        ("load, files only on storage", time_text(profile.cold_load_time_s)),
+        ("first run", time_text(profile.first_run_s)),
         *_prefill_rows(profile),
         (f"decode ({profile.workload.new_tokens} new tokens)", _rate(profile.decode_tokens_per_s, "tokens")),
         ("throughput", _rate(profile.runs_per_s, "rows")),
         (
             f"latency per {unit}, p50 / p90 / p95 / p99",
-            None if profile.latency_p50_s is None else " / ".join(_time(value) or "-" for value in percentiles),
+            None if profile.latency_p50_s is None else " / ".join(time_text(value) or "-" for value in percentiles),
         ),
         *_adapter_rows(profile),
         *(_memory_rows(profile.memory) if profile.memory is not None else ()),
         *_system_rows(profile),
-        ("size on disk", _size(profile.sizes.total_bytes)),
-        ("models made for this runtime", _size(profile.sizes.model_bytes)),
-        *((f"adapter {name} on disk", _size(size)) for name, size in profile.sizes.by_adapter_bytes.items()),
+        ("size on disk", size_text(profile.sizes.total_bytes)),
+        ("models made for this runtime", size_text(profile.sizes.model_bytes)),
+        *((f"adapter {name} on disk", size_text(size)) for name, size in profile.sizes.by_adapter_bytes.items()),
         *_check_rows(profile),
     ]
     return [{"figure": name, "value": value} for name, value in values if value is not None]
@@ -35,7 +35,7 @@ def rows(profile: Profile) -> list[dict[str, str]]:
 def _prefill_rows(profile: Profile) -> list[tuple[str, str | None]]:
     found: list[tuple[str, str | None]] = []
     for each in profile.prefills:
-        found.append((f"time to first token ({each.prompt_tokens} prompt tokens)", _time(each.ttft_s)))
+        found.append((f"time to first token ({each.prompt_tokens} prompt tokens)", time_text(each.ttft_s)))
         found.append((f"prefill ({each.prompt_tokens} prompt tokens)", _rate(each.tokens_per_s, "tokens")))
     return found
 
@@ -48,25 +48,25 @@ def _adapter_rows(profile: Profile) -> list[tuple[str, str | None]]:
         if tax.idle_ratio is not None:
             found.append(("time with adapters in place, none active", f"{tax.idle_ratio - 1:+.1%}"))
     if swap is not None:
-        both = f"{_time(swap.resident_s)} / {_time(swap.from_disk_s) or '-'}"
+        both = f"{time_text(swap.resident_s)} / {time_text(swap.from_disk_s) or '-'}"
         found.append((f"swap to {swap.adapter}, from memory / from disk", both))
-        found.append((f"swap to a blend with {swap.adapter}", _time(swap.blend_s)))
+        found.append((f"swap to a blend with {swap.adapter}", time_text(swap.blend_s)))
     return found
 
 
 def _memory_rows(memory: Memory) -> list[tuple[str, str | None]]:
     found = [
-        ("memory before load", _size(memory.before_load_resident_bytes)),
-        ("memory after load", _size(memory.loaded_resident_bytes)),
-        ("memory after a run", _size(memory.run_resident_bytes)),
-        ("of it the process's own", _size(memory.run_anonymous_bytes)),
-        ("of it mapped files", _size(memory.run_file_bytes)),
-        ("memory at peak", _size(memory.peak_resident_bytes)),
-        ("memory of the GPU after a run", _size(memory.run_gpu_bytes)),
-        ("key-value cache, for each token", _size(memory.kv_cache_bytes_per_token)),
+        ("memory before load", size_text(memory.before_load_resident_bytes)),
+        ("memory after load", size_text(memory.loaded_resident_bytes)),
+        ("memory after a run", size_text(memory.run_resident_bytes)),
+        ("of it the process's own", size_text(memory.run_anonymous_bytes)),
+        ("of it mapped files", size_text(memory.run_file_bytes)),
+        ("memory at peak", size_text(memory.peak_resident_bytes)),
+        ("memory of the GPU after a run", size_text(memory.run_gpu_bytes)),
+        ("key-value cache, for each token", size_text(memory.kv_cache_bytes_per_token)),
     ]
     for name, added in memory.further_adapters_resident_bytes.items():
-        found.append((f"memory that adapter {name} adds", _size(added)))
+        found.append((f"memory that adapter {name} adds", size_text(added)))
     return found
 
 
@@ -92,7 +92,8 @@ def _check_rows(profile: Profile) -> list[tuple[str, str | None]]:
     return [(name, f"{error:.1e} of the largest value") for name, error in worst.items()]
 
 
-def _time(value: float | None) -> str | None:
+def time_text(value: float | None) -> str | None:
+    """Return seconds in the unit that people read, None for None."""
     if value is None:
         return None
     if value >= 1:
@@ -104,7 +105,8 @@ def _rate(value: float | None, what: str) -> str | None:
     return None if value is None else f"{value:.4g} {what}/s"
 
 
-def _size(value: int | None) -> str | None:
+def size_text(value: int | None) -> str | None:
+    """Return bytes in the unit that people read, None for None."""
     if value is None:
         return None
     sign, size = ("-" if value < 0 else ""), abs(value)
