@@ -22,9 +22,30 @@ MB = 1e6
 def write() -> None:
     """Write the page and the picture."""
     result = json.loads((RESULTS / "peers.json").read_text(encoding="utf-8"))
-    (DOCS / "benchmarks.md").write_text(text_of(result), encoding="utf-8")
     (DOCS / "benchmarks").mkdir(exist_ok=True)
     (DOCS / "benchmarks" / "decode.svg").write_text(picture(Figures(result)), encoding="utf-8")
+    for path in sorted(RESULTS.glob("peers_*.json")):  # runs on other machines, whole, with nothing of this one
+        other = json.loads(path.read_text(encoding="utf-8"))
+        (DOCS / "benchmarks" / f"{path.stem}.md").write_text(own_run(other), encoding="utf-8")
+    (DOCS / "benchmarks.md").write_text(text_of(result), encoding="utf-8")
+
+
+def own_run(result: Mapping[str, Any]) -> str:
+    """What one run says by itself."""
+    figures = Figures(result)
+    sections = [
+        _head(figures).replace("# Benchmarks", f"# Benchmarks on another machine: {result['host']['cpu']}", 1),
+        f"## Bars\n\n{_BARS}\n\n{table([_bar_row(bar) for bar in bars(figures, {})])}",
+        f"## Speed and quality\n\n{_SPEED}\n\n{table(_speed_rows(figures))}",
+        f"## Adapters swapped\n\n{_SWAPS}\n\n{table(_swap_rows(figures))}",
+        f"## Promotion\n\n{_PROMOTION}\n\n{table(_promotion_rows(figures))}",
+        f"## Load time and memory\n\n{_MEMORY}\n\n{table(_start_rows(figures))}",
+        f"## Several processes\n\n{_SEVERAL}\n\n{table(_several_rows(figures))}",
+        f"## What making the files costs\n\n{_MADE}\n\n{table(_made_rows(figures))}",
+        f"## What failed\n\n{_failures(figures)}",
+        f"## Noise\n\n{_noise(figures)}",
+    ]
+    return "\n\n".join(sections).rstrip() + "\n"
 
 
 def text_of(result: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +23,11 @@ PACKAGES = (
 )
 SOURCE = "llama-cpp-python==0.3.36"
 """Built from its source package, which stays in the environment's folder source/ for its converters."""
+_NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""Its AMX products use tile registers, which a virtual machine need not allow: they crash at the first prompt."""
+_FLAGS = f'-DCMAKE_C_FLAGS="{_NO_AMX}" -DCMAKE_CXX_FLAGS="{_NO_AMX}" ' if platform.machine() == "x86_64" else ""
 BUILD = {
-    "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF "
+    "CMAKE_ARGS": f"{_FLAGS}-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF "
     "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF -DLLAMA_CURL=OFF"
 }
 MODULES = ("numpy", "llama_cpp")

@@ -34,7 +34,7 @@ def profile(
     ] = None,
     listen: Annotated[
         str | None,
-        typer.Option("--listen", help="This machine's address for a phone's browser.", show_default="this machine alone"),
+        typer.Option("--listen", help="This machine's address for a phone's browser.", show_default="loopback"),
     ] = None,
     interpreter: Annotated[
         str | None, typer.Option("--interpreter", help="The Python there.", show_default="python3")

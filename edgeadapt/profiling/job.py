@@ -38,11 +38,13 @@ class Shapes:
     """Lengths for runtimes whose graphs are of fixed shapes.
 
     prompt_tokens: the longest prompt, or the length of a text; total_tokens: with what is written after it
+    prompt_lengths: every length of a prompt
     """
 
     batch_size: int
     prompt_tokens: int
     total_tokens: int
+    prompt_lengths: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def write_job(
     spec = decoder_spec(bundle.manifest)
     _check_fits(bundle, spec, workload, active, tax_adapter)
     if not through_session:
-        _check_plain(bundle, spec)
+        check_plain(bundle, spec)
     tensors = _Tensors()
     job: dict[str, Any] = {
         "schema": SCHEMA,
@@ -157,8 +159,12 @@ def _check_fits(
         )
 
 
-def _check_plain(bundle: Bundle, spec: DecoderSpec | None) -> None:
-    """Refuse what more than a graph with inputs is needed for."""
+def check_plain(bundle: Bundle, spec: DecoderSpec | None) -> None:
+    """Refuse what more than a graph with inputs is needed for.
+
+    Raises:
+        ProfileError: naming the graphs, the adapter or the cache.
+    """
     if len(bundle.manifest.graphs) > 1:
         raise ProfileError(
             f"{bundle.manifest.name} has the graphs {', '.join(sorted(bundle.manifest.graphs))}; this runtime measures "

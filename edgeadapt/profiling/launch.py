@@ -16,7 +16,8 @@ _DEVICE_SIDE = Path(__file__).parent / "device_side"
 
 def program_files(engine: str) -> dict[str, Path]:
     """Return the program's files by their names on the device."""
-    names = ("runner.py", "system.py", f"engines/{engine}.py")
+    shared = [f"engines/{path.name}" for path in (_DEVICE_SIDE / "engines").glob("_[!_]*.py")]
+    names = ("runner.py", "system.py", f"engines/{engine}.py", *sorted(shared))
     return {name: _DEVICE_SIDE / name for name in names}
 
 

@@ -115,6 +115,9 @@ def prepared(
         )
     name = (runtime or chosen.runtime).replace("-", "_")  # a file's name, which people write as ort-mobile
     module = registry.load(RUNTIMES, name, ProfileError)
+    own: Any = getattr(module, "interpreter", None)  # runtimes that want a Python of their own
+    if own is not None and chosen.transport == "local" and chosen.interpreter is None:
+        chosen = replace(chosen, interpreter=own())
     module.require(chosen)
     opened = open_bundle(bundle)
     check_count("threads", 1 if threads is None else threads)
@@ -160,7 +163,7 @@ class Prepared:
         folder.mkdir()
         work = self.job.workload
         longest = max(work.prompt_tokens)
-        shapes = Shapes(work.batch_size, longest, longest + work.new_tokens)
+        shapes = Shapes(work.batch_size, longest, longest + work.new_tokens, work.prompt_tokens)
         models = module.prepare(self.bundle, self.device, folder, shapes)
         write_job(
             folder,

@@ -101,7 +101,7 @@ def test_a_device_survives_its_file(tmp_path, name):
 def test_every_field_survives_its_file(tmp_path):
     device = Device(
         name="all", title='a "quoted" \\ title', provider="cpu", runtime="onnxruntime", transport="ssh",
-        address="me@here:22", interpreter="/usr/bin/python3", threads=3, machine="aarch64",
+        address="me@here:22", listen="192.168.1.2", interpreter="/usr/bin/python3", threads=3, machine="aarch64",
         operating_system="Linux é", cores=4,
         cpu_features=("a", "b"), clock_hz=2.4e9, memory_bytes=5, memory_bandwidth_bytes_per_s=1.5e10,
         peak_flops_float32=2e11, peak_ops_int8=3e11, operator_overhead_s=1.25e-06, measured=True, thermal="fan",
