@@ -29,8 +29,15 @@ def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Mod
     """Convert the bundle's graph in both forms, open what was saved, and compare its specification.
 
     Raises:
-        ProfileError: always: because the conversion failed, or to say that it did not and what cannot be had.
+        ProfileError: always: the bundle is a decoder's, the conversion failed, or it did not and this says what cannot
+            be had.
     """
+    if "decoder" in bundle.manifest.graphs:  # coremltools 9.0: "Unsupported fx node alias"
+        raise ProfileError(
+            f"{bundle.manifest.name} writes text, and Core ML's converter knows no operator 'alias', which decoders "
+            "have when torch has traced them",
+            hint="profile this bundle with a runtime that reads ONNX (onnxruntime), or with litert or executorch",
+        )
     _convert.convert(RUNTIME, bundle, device, folder, shapes)
     packages = sorted(path for path in (folder / "model").iterdir() if path.suffix == ".mlpackage")
     size = sum(file.stat().st_size for package in packages for file in package.rglob("*") if file.is_file())
