@@ -21,8 +21,8 @@ CLASSES: dict[str, Any] = {
     "gpt2": transformers.GPT2LMHeadModel,
     "resnet": transformers.ResNetForImageClassification,
 }
-# Float32 sums in another order than torch's, relative to the largest value.
-CLOSE = 1e-5
+# Float32 sums in another order than torch's, relative to the largest value: processors differ by up to 2e-5.
+CLOSE = 3e-5
 
 
 def case(name: str) -> dict[str, np.ndarray]:

@@ -99,7 +99,7 @@ def test_peft_makes_the_same(
     found = changes(opened, "new")
     assert found.keys() == expected.keys()
     for site, change in expected.items():
-        assert np.linalg.norm(found[site] - change) <= 1e-5 * np.linalg.norm(change), site
+        assert np.linalg.norm(found[site] - change) <= CLOSE * np.linalg.norm(change), site
     with open_session(opened) as session:
         session.use("new")
         assert error(logits, session.run(inputs)["logits"], inputs) < CLOSE

@@ -16,7 +16,7 @@ from edgeadapt.quantize import pack
 from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import open_session
 from tests.e2e.conftest import Tiny
-from tests.e2e.reference import case
+from tests.e2e.reference import CLOSE, case
 
 GetTiny = Callable[[str], Tiny]
 
@@ -60,7 +60,7 @@ def test_joined_products_give_the_same_numbers(
             for output, value in expected.items():
                 scale = float(np.abs(value).max())
                 # The same products; only the branch's sums may run in another order.
-                assert np.abs(found[output] - value).max() <= (0 if adapter is None else 1e-5 * scale), output
+                assert np.abs(found[output] - value).max() <= (0 if adapter is None else CLOSE * scale), output
 
 
 def test_what_is_stored_differently_is_not_joined(tiny: GetTiny, tmp_path: Path, traced_once: None) -> None:

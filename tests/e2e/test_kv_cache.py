@@ -23,7 +23,7 @@ from edgeadapt.recipe import Recipe
 from edgeadapt.runtime import Session, open_session
 from edgeadapt.runtime.rows import filled_cache
 from tests.e2e.conftest import Invoke, Tiny, content
-from tests.e2e.reference import error
+from tests.e2e.reference import CLOSE, error
 from tests.e2e.test_patches import quieter
 from tests.e2e.tiny import LLAMA, QV, save_adapter
 from tests.e2e.virtual import SMALL, logits_of, save_base, save_virtual, with_virtual
@@ -80,7 +80,7 @@ def _prompts() -> list[list[int]]:
 def test_what_is_recorded(bundle: Path, recipe: Recipe, invoke: Invoke) -> None:
     """The unquantized graph is held to torch as ever; KL and top-1 of prefill and decode with the cache are there."""
     manifest = open_bundle(bundle).manifest
-    assert manifest.parity["max_relative_error"] < 1e-5
+    assert manifest.parity["max_relative_error"] < CLOSE
     assert manifest.generation is not None
     assert manifest.generation["cache_dtype"] == "int8"
     rows = [(row["adapter"], row["mode"]) for row in manifest.quality]
