@@ -40,6 +40,21 @@ def test_a_bandwidth_is_memory_width_times_rate():
         assert read_device(name).memory_bandwidth_bytes_per_s == pytest.approx(bandwidth, rel=0.03), name
 
 
+@pytest.mark.parametrize(
+    ("name", "cores", "clock_hz", "float32", "int8"),
+    [
+        ("raspberry-pi-4", 4, 1.8e9, 8, None),
+        ("raspberry-pi-5", 4, 2.4e9, 16, 64),
+        ("jetson-orin-nano", 6, 1.7e9, 16, 64),
+        ("laptop-7840u", 8, 3.3e9, 32, 128),
+    ],
+)
+def test_a_rate_is_cores_times_clock_times_operations_a_cycle(name, cores, clock_hz, float32, int8):
+    device = read_device(name)
+    assert device.peak_flops_float32 == pytest.approx(cores * clock_hz * float32)
+    assert device.peak_ops_int8 == (None if int8 is None else pytest.approx(cores * clock_hz * int8))
+
+
 def test_the_cpu_is_always_this_machine():
     require_this_machine(read_device("cpu"))
 
