@@ -78,7 +78,7 @@ def summary(path: Path) -> str:
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 
 
-def to_toml(values: Mapping[str, str | int | float | bool | Sequence[str]], comment: str) -> str:
+def to_toml(values: Mapping[str, str | int | float | bool | Sequence[str] | Mapping[str, str]], comment: str) -> str:
     """Return settings as TOML after a comment line; `read` gives the same values again."""
     lines = [f"# {' '.join(comment.split())}"]
     for key, value in values.items():
@@ -86,6 +86,14 @@ def to_toml(values: Mapping[str, str | int | float | bool | Sequence[str]], comm
             lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}")
         elif isinstance(value, float):
             lines.append(f"{key} = {value!r}")
+        elif isinstance(value, Mapping):
+            pairs = (f"{_text(name)} = {_text(item)}" for name, item in value.items())
+            lines.append(f"{key} = {{ {', '.join(pairs)} }}")
         else:
-            lines += [f"{key} = [", *(f"    {json.dumps(item, ensure_ascii=False)}," for item in value), "]"]
+            lines += [f"{key} = [", *(f"    {_text(item)}," for item in value), "]"]
     return "\n".join(lines) + "\n"
+
+
+def _text(value: str) -> str:
+    """Return a string as TOML's basic strings are written, which are JSON's."""
+    return json.dumps(value, ensure_ascii=False)

@@ -25,6 +25,7 @@ from edgeadapt.cli import (
     remove,
     report,
     run,
+    tune,
     verify,
 )
 from edgeadapt.errors import EdgeAdaptError
@@ -107,6 +108,7 @@ app.command("profile")(profile.profile)
 app.command("compare")(compare.compare)
 app.command("report")(report.report)
 app.command("predict")(predict.predict)
+app.command("tune")(tune.tune)
 app.add_typer(devices.app, name="devices")
 app.command("list")(listing.listing)
 

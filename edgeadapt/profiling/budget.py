@@ -60,7 +60,13 @@ def broken(profile: Profile, budgets: Mapping[str, float]) -> tuple[Break, ...]:
         ProfileError: see `check_budgets`.
     """
     check_budgets(budgets)
-    found = [Break(name, FIGURES[name].read(profile), limit) for name, limit in budgets.items()]
+    values = {name: value for name in budgets if (value := FIGURES[name].read(profile)) is not None}
+    return broken_by(values, budgets)
+
+
+def broken_by(values: Mapping[str, float], budgets: Mapping[str, float]) -> tuple[Break, ...]:
+    """Return the checked budgets that figures do not keep: `values` by name, without those that were not measured."""
+    found = [Break(name, values.get(name), limit) for name, limit in budgets.items()]
     return tuple(each for each in found if not _kept(each))
 
 

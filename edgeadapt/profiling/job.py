@@ -218,9 +218,7 @@ def _checks(bundle: Bundle, tensors: _Tensors) -> list[dict[str, Any]]:
     return found
 
 
-def _timed_inputs(
-    bundle: Bundle, spec: DecoderSpec | None, workload: Workload, tensors: _Tensors
-) -> dict[str, str]:
+def _timed_inputs(bundle: Bundle, spec: DecoderSpec | None, workload: Workload, tensors: _Tensors) -> dict[str, str]:
     """Return what a single pass, or an encoder, reads."""
     if spec is not None and "encoder" not in bundle.manifest.graphs:
         return {}

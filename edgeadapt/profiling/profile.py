@@ -107,6 +107,27 @@ def prepared(
         BundleError: if it is no bundle, or has no such adapter.
         RecipeError: if there is no such device.
     """
+    chosen, name, module = check_device(device, runtime)
+    opened = open_bundle(bundle)
+    check_count("threads", 1 if threads is None else threads)
+    active, tax_adapter = _adapters(opened, adapter)
+    with connect(chosen) as transport, tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
+        transport.announce = announce
+        measured = replace(chosen, threads=threads or chosen.threads)
+        job = _Job(workload, active, tax_adapter)
+        run = Prepared(opened, measured, name, module, transport, Path(folder), timeout_s, job)
+        with progress.stage("prepare the models"):
+            run.prepare()
+        yield run
+
+
+def check_device(device: Device | str, runtime: str | None) -> tuple[Device, str, ModuleType]:
+    """Return a device, and the runtime to use there with its name: the device's own for None.
+
+    Raises:
+        ProfileError: if the runtime cannot be used there.
+        RecipeError: if there is no such device.
+    """
     chosen = read_device(device) if isinstance(device, str) else device
     if chosen.listen is not None and chosen.transport != "phone":
         raise ProfileError(
@@ -119,17 +140,7 @@ def prepared(
     if own is not None and chosen.transport == "local" and chosen.interpreter is None:
         chosen = replace(chosen, interpreter=own())
     module.require(chosen)
-    opened = open_bundle(bundle)
-    check_count("threads", 1 if threads is None else threads)
-    active, tax_adapter = _adapters(opened, adapter)
-    with connect(chosen) as transport, tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
-        transport.announce = announce
-        measured = replace(chosen, threads=threads or chosen.threads)
-        job = _Job(workload, active, tax_adapter)
-        run = Prepared(opened, measured, name, module, transport, Path(folder), timeout_s, job)
-        with progress.stage("prepare the models"):
-            run.prepare()
-        yield run
+    return chosen, name, module
 
 
 @dataclass(frozen=True)
