@@ -94,6 +94,10 @@ def tune(
     target = read_device(device)
     target = replace(target, address=address or target.address, interpreter=interpreter or target.interpreter)
     wanted = read_tries(read_pairs("--try", tries or [], "KEY=A,B"))
+    if recipe is not None:
+        from edgeadapt.merging.threads import let_threads_sleep
+
+        let_threads_sleep()
     with reporter(quiet=quiet) as progress:
         found = tune(
             bundles or [],

@@ -33,6 +33,8 @@ from edgeadapt.tuning.runs import Run, measured
 SCHEMA = "edgeadapt.tuning/1"
 OBJECTIVES = ("latency_p50_s", "mean_kl", "peak_resident_bytes")
 RESULT = "tuning.json"
+_OWN = (RESULT, "bundles", "device.toml", "profiles", "recipe.toml")
+"""What is written beside the pick."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ def _wanted(
         check_alike(bundle, opened[0], active)
     if recipe is None:
         return there, active
+    if recipe.output.name in _OWN:
+        raise RecipeError(f"the recipe's output is {recipe.output.name!r}", hint="give the bundle a name of its own")
     from edgeadapt.pipeline.inputs import named_adapters
 
     paths = {each.name: each.path for each in named_adapters(recipe)}
