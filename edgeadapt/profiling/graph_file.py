@@ -67,7 +67,7 @@ def read_graph(path: Path) -> GraphFile:
         if isinstance(value, int):
             continue
         if number == 1:
-            nodes.append(_node(value, where))
+            nodes.append(read_node(value, where))
         elif number == 5:
             name, tensor = _stored(value, where)
             stored[name] = tensor
@@ -76,7 +76,12 @@ def read_graph(path: Path) -> GraphFile:
     return GraphFile(tuple(nodes), stored, tuple(inputs), tuple(outputs))
 
 
-def _node(data: memoryview, where: str) -> Node:
+def read_node(data: memoryview, where: str) -> Node:
+    """Return the operator that a NodeProto describes.
+
+    Raises:
+        BundleError: if it is none, or holds a graph of its own.
+    """
     inputs: list[str] = []
     outputs: list[str] = []
     attributes: dict[str, int] = {}

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+from onnx import helper
 from safetensors.numpy import save_file
 
 from edgeadapt.bundle import open_bundle
@@ -35,6 +36,8 @@ def decoder_bundle(path: Path, tiny: ModuleType, bundles: ModuleType, bits: int 
     """Write a decoder's bundle with adapters a and b, its products in float32 or MatMulNBits; return its reference."""
     if bits is not None:
         monkeypatch.setattr(tiny, "GraphWriter", writer_of(tiny.GraphWriter, bits))
+        # as bundles are exported
+        monkeypatch.setattr(tiny, "OPSETS", [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
     sites = tiny.decoder_sites(tiny.DecoderShape())
     adapters = {"a": tiny.low_rank(sites, 4, 11), "b": tiny.low_rank(sites, 2, 12)}
     shape, weights = bundles.write_decoder(path, adapters)

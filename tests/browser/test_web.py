@@ -25,7 +25,7 @@ WEBGPU = Device("browser", "this machine's browser", "webgpu", runtime="web", th
 pytestmark = pytest.mark.usefixtures("chromium")
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [(None, 1e-5), (8, 0.02), (4, 0.02)])
+@pytest.mark.parametrize(("bits", "tolerance"), [(None, 1e-5), (8, 1e-5), (4, 1e-5)])
 def test_a_decoder_answers_as_numpy_does_and_every_sample_is_there(decoder_job, samples_are_whole, bits, tolerance):
     found = runtime.measure_in_browser(decoder_job(runtime, WASM, bits=bits), "speed", 300)
     samples_are_whole(found)
@@ -38,7 +38,23 @@ def test_a_decoder_answers_as_numpy_does_and_every_sample_is_there(decoder_job, 
     assert found["noise"]["involuntary_switches"] is None
     assert "starting ONNX Runtime took" in found["notes"][-2]
     assert "MB took" in found["notes"][-1]
-    assert any("unpacks int8 and int4 weights" in note for note in found["notes"]) == (bits is not None)
+    told = [note for note in found["notes"] if "with weights in codes were unpacked" in note]
+    assert [note.split(" ", 1)[0] for note in told] == ([] if bits is None else ["13"])
+    assert not any("anew in every run" in note for note in found["notes"])
+
+
+def test_products_that_cannot_be_unpacked_are_told_and_their_answers_are_right(decoder_job, monkeypatch):
+    monkeypatch.setattr(runtime, "_MOST_UNPACKED", 10)
+    found = runtime.measure_in_browser(decoder_job(runtime, WASM, bits=8), "checks", 300)
+    assert all(row["relative_error"] < 1e-5 for row in found["checks"])
+    (note,) = (note for note in found["notes"] if "anew in every run" in note)
+    assert note.startswith("13 products")
+
+
+def test_webgpu_keeps_products_in_codes(decoder_job):
+    job = decoder_job(runtime, WEBGPU, bits=8)
+    assert b"MatMulNBits" in (job / "model" / "decoder.plain.onnx").read_bytes()
+    assert "extra" not in json.loads((job / "job.json").read_text())["options"]
 
 
 def test_a_single_pass_answers_as_numpy_does_for_each_row(pass_job):

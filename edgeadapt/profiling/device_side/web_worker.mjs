@@ -6,7 +6,7 @@
 import { SCHEMA, measure } from "./measure.mjs";
 import { MeasureError } from "./tensors.mjs";
 
-const OPTIONS = ["provider", "threads", "defaults", "external_data"];
+const OPTIONS = ["provider", "threads", "defaults", "external_data", "extra"];
 const MODULES = { wasm: "ort.wasm.min.mjs", webgpu: "ort.webgpu.min.mjs" };
 const NO_SYSTEM = { energy_j: null, clock_hz_min: null, clock_hz_max: null, temperature_c_start: null, temperature_c_end: null };
 
@@ -70,7 +70,7 @@ async function graphicsAdapter(notes) {
 }
 
 async function platform({ base, job, ort, found }) {
-  const { provider, external_data: external = [] } = job.options;
+  const { provider, extra, external_data: external = [] } = job.options;
   const fetched = found.measure === "speed" ? await fetchAhead(base, job, external, found.notes) : new Map();
   const bytesOf = async (file) => fetched.get(file) ?? plainBytes(base, file);
   const openSession = async (file, presents) => {
@@ -78,6 +78,7 @@ async function platform({ base, job, ort, found }) {
     if (external.length > 0) {
       settings.externalData = await Promise.all(external.map(async (path) => ({ path: path.split("/").at(-1), data: await bytesOf(path) })));
     }
+    if (extra !== undefined) settings.extra = extra;
     if (provider === "webgpu") settings.preferredOutputLocation = Object.fromEntries(presents.map((name) => [name, "gpu-buffer"]));
     return ort.InferenceSession.create(await bytesOf(file), settings);
   };

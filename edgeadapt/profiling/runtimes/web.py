@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from edgeadapt.profiling.job import Models, Shapes
 from edgeadapt.profiling.runtimes._javascript import external_files, write_graphs
 from edgeadapt.profiling.transports import Transport
 from edgeadapt.profiling.transports.phone import Phone
+from edgeadapt.profiling.unpacked_products import SESSION_OPTION, unpack_products
 from edgeadapt.profiling.web.chromium import Chromium, find_browser
 from edgeadapt.profiling.web.memory import PageMemory
 from edgeadapt.profiling.web.packages import PROVIDERS, runtime_files
@@ -24,11 +26,8 @@ ENGINE = "onnxruntime_web"
 INSTALL = "npm install --ignore-scripts onnxruntime-web"
 KINDS = ("memory",)
 
-_UNPACKED = (
-    "ONNX Runtime's WebAssembly unpacks int8 and int4 weights (MatMulNBits) anew in every run, which costs most where "
-    "tokens are written one by one: compare with a bundle exported with --quantize none"
-)
-"""Measured with 1.30.0, one thread, float32[1, 1536] times [1536, 1536]: 1.0 ms in float32, 19 in int8, 17 in int4."""
+_MOST_UNPACKED = 10**9
+"""Bytes of float32 weights of one graph: WebAssembly has 4 GB, for two graphs and what opening them takes."""
 
 
 def require(device: Device) -> None:
@@ -56,14 +55,37 @@ def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Mod
     """Write the graphs as a browser opens them."""
     files, options = write_graphs(bundle, folder)
     settings = {"external_data": external_files(bundle), "provider": device.provider, "threads": device.threads}
-    return Models(files, options | settings, notes=_notes(bundle, device))
+    changes, notes = _unpacked(folder, files) if device.provider == "wasm" else ({}, ())
+    return Models(files, options | settings | changes, notes=notes)
 
 
-def _notes(bundle: Bundle, device: Device) -> tuple[str, ...]:
-    (graph,) = bundle.manifest.graphs.values()
-    if device.provider == "wasm" and b"MatMulNBits" in bundle.read(graph.plain):
-        return (_UNPACKED,)
-    return ()
+def _unpacked(folder: Path, files: Mapping[str, str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Have weights in codes unpacked once, while a graph is opened; return options for that, and what to tell.
+
+    WebAssembly has no kernel for MatMulNBits: ONNX Runtime would unpack them in every run. WebGPU has one.
+    """
+    found = {path: unpack_products((folder / path).read_bytes(), path) for path in files.values()}
+    products = max(each.products for each in found.values())
+    left = max(each.left for each in found.values())
+    size = max(each.float_bytes for each in found.values())
+    if products and size <= _MOST_UNPACKED:
+        for path, each in found.items():
+            (folder / path).write_bytes(each.model)
+        note = (
+            f"{products} products with weights in codes were unpacked to float32 while the model was opened "
+            f"({size / 1e6:.0f} MB in memory for each graph)"
+        )
+        return {"extra": SESSION_OPTION}, (note, *_slow(left))
+    return {}, _slow(products + left)
+
+
+def _slow(products: int) -> tuple[str, ...]:
+    """Return a note on products that are unpacked in every run."""
+    note = (
+        f"{products} products with weights in codes (MatMulNBits) are unpacked anew in every run: they are too large "
+        f"in float32 (more than {_MOST_UNPACKED / 1e9:.0f} GB), or of a form that cannot be unpacked before"
+    )
+    return (note,) if products else ()
 
 
 def measure(folder: Path, transport: Transport, timeout_s: float | None, what: str) -> dict[str, Any]:
