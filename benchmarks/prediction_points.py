@@ -23,7 +23,7 @@ RATES = {"nodes": "operator", "bytes": "bandwidth", "int8": "int8", "float32": "
 FACTORS = ("model", "precision", "threads", "runtime")
 RUNTIMES = ("session", "onnxruntime")
 PROMPTS = (128, 512)
-NEW_TOKENS = 128
+NEW_TOKENS, REPEATS = 64, 3
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ def measure(bundles: Sequence[Path], threads: Sequence[int]) -> dict[str, Any]:
 def _points(path: Path, runtime: str, threads: int) -> list[Point]:
     """A step and two prompts, or a single pass, with the base and the first adapter."""
     from edgeadapt.bundle import open_bundle
-    from edgeadapt.profiling import profile
     from edgeadapt.profiling.predict import counted
     from edgeadapt.runtime.spec import decoder_spec
 
@@ -80,9 +79,7 @@ def _points(path: Path, runtime: str, threads: int) -> list[Point]:
     for adapter in (None, bundle.adapter_names[0]):
         side = f"{facts['model']} {scheme} {adapter or 'base'}, {runtime}, {threads} threads"
         print(side, file=sys.stderr)
-        found = profile(
-            path, adapter=adapter, threads=threads, runtime=runtime, prompt_tokens=PROMPTS, new_tokens=NEW_TOKENS
-        )
+        found = _profile(path, adapter, threads, runtime)
         graph, cache = counted(bundle, adapter), 0 if spec is None else spec.cache_bytes_per_token
         step = median(found.samples["latency_s"])
         if spec is None:
@@ -96,6 +93,17 @@ def _points(path: Path, runtime: str, threads: int) -> list[Point]:
         work = graph.of(1, context=PROMPTS[0] + NEW_TOKENS // 2, cache_bytes_per_row=cache)
         points.append(Point(f"{side}, a token", side, "decode", step, work, **facts))
     return points
+
+
+def _profile(path: Path, adapter: str | None, threads: int, runtime: str) -> Any:
+    """Only the timed figures, the quietest of two tries."""
+    from edgeadapt.profiling.profile import prepared, read_workload
+    from edgeadapt.progress import SILENT
+
+    settings = {"adapter": adapter, "threads": threads, "runtime": runtime, "timeout_s": None, "announce": None}
+    workload = read_workload(PROMPTS, NEW_TOKENS, REPEATS, 1)
+    with prepared(path, workload, device="cpu", progress=SILENT, **settings) as ready:
+        return ready.measure(operators=False, attempts=2, progress=SILENT, beside=())
 
 
 def _length(path: Path, workload: Any) -> int:
