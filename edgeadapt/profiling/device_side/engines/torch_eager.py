@@ -47,6 +47,7 @@ class Engine(FixedShapes):
         self._clock = _Clock() if self._device.type == "cuda" else None
         self._requests, self._signatures = self._signatures, {}
         self._neutral: dict[str, Array] = {}
+        self._planned = _network.Weights()
         self._weights: dict[tuple[Any, ...], torch.nn.Parameter] = {}
         torch.set_num_threads(self._threads)
         torch.backends.cudnn.allow_tf32 = False  # matrix products have it off unless asked for, convolutions on
@@ -77,7 +78,7 @@ class Engine(FixedShapes):
     def close(self) -> None:
         """Free everything."""
         super().close()
-        self._weights, self._neutral = {}, {}
+        self._planned, self._weights, self._neutral = _network.Weights(), {}, {}
         if self._clock is not None:
             torch.cuda.empty_cache()
 
@@ -94,9 +95,11 @@ class Engine(FixedShapes):
         """Return the modules of a form by signature, made when it is first needed."""
         if form not in self._models:
             graph = _graph.read_graph(Path(self._folder) / self._job["models"][form])
-            weights, requests = _network.Weights(), self._requests[form]
-            networks = {name: _request.network(graph, wanted, weights) for name, wanted in requests.items()}
-            self._place(networks, weights.keys())
+            requests = self._requests[form]
+            networks = {name: _request.network(graph, wanted, self._planned) for name, wanted in requests.items()}
+            self._place(networks, self._planned.keys())
+            if self._device.type != "cpu":
+                self._planned = _network.Weights()  # else the CPU would keep a copy of what the GPU holds
             shapes = {
                 name: {key: each["shape"] for key, each in wanted["inputs"].items()}
                 for name, wanted in requests.items()
@@ -110,10 +113,7 @@ class Engine(FixedShapes):
         return self._models[form]
 
     def _place(self, networks: dict[str, Any], keys: dict[int, tuple[Any, ...]]) -> None:
-        """Put the networks' weights into the device's memory; equal ones, of other forms too, once.
-
-        They are planned on the CPU, one form after the other, so the copies here are freed.
-        """
+        """Put the weights of networks, which are planned on the CPU, into the device's memory; equal ones once."""
         for network in networks.values():
             for name, parameter in list(network.named_parameters()):
                 key = keys.get(id(parameter), ("own", id(network), name))
