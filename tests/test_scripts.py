@@ -36,6 +36,8 @@ def test_the_readme_begins_with_the_two_commands(root):
     [
         (["setup", "everything"], "error: unknown argument 'everything'\nhint: scripts/setup [all|runtime]\n"),
         (["fetch-models", "gpt"], "error: unknown model 'gpt'\nhint: known: smollm2, minilm, efficientnet\n"),
+        (["gpu-check"], "error: no bundle given\nhint: scripts/gpu-check BUNDLE...\n"),
+        (["gpu-check", "a"], "error: a is no bundle\nhint: scripts/gpu-check BUNDLE...\n"),
     ],
 )
 def test_unknown_arguments_are_refused(root, tmp_path, command, message):

@@ -100,6 +100,7 @@ def assemble(
     writes = "decoder" in bundle.manifest.graphs
     system, memory = found.get("system"), found.get("memory")
     operators = found.get("operators")
+    on_gpu = _on_gpu(found, workload)
     return Profile(
         schema=SCHEMA,
         bundle=bundle.manifest.name,
@@ -137,11 +138,12 @@ def assemble(
         noise=noise,
         attempts=attempts,
         noisy=bool(disturbances(noise)),
-        samples=_flat(found),
+        samples=_flat(found) | on_gpu,
         memory_timeline=tuple((float(at), float(held)) for at, held in (memory or {}).get("timeline") or ()),
         notes=tuple(found.get("notes") or ()),
         warnings=(*_scatter(p50, p90), *disturbances(noise)),
         failures=failures,
+        gpu_latency_p50_s=percentile(on_gpu["gpu_latency_s"], 50) if on_gpu else None,
     )
 
 
@@ -198,6 +200,7 @@ def _memory(stages: Mapping[str, Any], bundle: Bundle) -> Memory:
         loaded_proportional_bytes=loaded.get("proportional_bytes"),
         run_proportional_bytes=ran.get("proportional_bytes"),
         run_gpu_bytes=ran.get("gpu_bytes"),
+        run_gpu_allocator_bytes=ran.get("gpu_allocator_bytes"),
         further_adapters_resident_bytes=added,
         kv_cache_bytes_per_token=None if spec is None else spec.cache_bytes_per_token,
     )
@@ -245,6 +248,21 @@ def _flat(found: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     rows |= {f"tax_{name}": taken for name, taken in (found.get("tax") or {}).items() if name != "adapter"}
     rows |= {f"swap_{name}": taken for name, taken in (found.get("swap") or {}).items() if name != "adapter"}
     return {name: tuple(taken) for name, taken in rows.items() if taken}
+
+
+def _on_gpu(found: Mapping[str, Any], workload: Workload) -> dict[str, tuple[float, ...]]:
+    """Return a GPU's own times of what `latency_s` and `ttft_s` say by the wall's clock, {} where it told none.
+
+    The runner has them in the order of its calls: a text of each length, the first length last, and what it goes on by.
+    """
+    taken: Sequence[float] = found.get("gpu_s") or ()
+    lengths = workload.prompt_tokens[::-1] if found.get("ttft_s") else ()
+    if not taken or not lengths:
+        return {"gpu_latency_s": tuple(taken)} if taken else {}
+    answer = len(lengths) + workload.new_tokens
+    texts = [taken[at : at + answer] for at in range(0, len(taken), answer)]
+    rows = {f"gpu_ttft_{count}_s": tuple(text[place] for text in texts) for place, count in enumerate(lengths)}
+    return {"gpu_latency_s": tuple(seconds for text in texts for seconds in text[len(lengths) :]), **rows}
 
 
 def _scatter(p50: float | None, p90: float | None) -> tuple[str, ...]:

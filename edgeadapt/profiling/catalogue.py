@@ -124,6 +124,13 @@ FIGURES: Mapping[str, Figure] = {
     ),
     "runs_per_s": Figure("throughput, rows", "per_s", _own("runs_per_s"), True, samples=_runs, statistic=_median_rate),
     **{f"latency_p{percent}_s": _latency(percent) for percent in (50, 90, 95, 99)},
+    "gpu_latency_p50_s": Figure(
+        "latency p50 on the GPU's clock",
+        "s",
+        _own("gpu_latency_p50_s"),
+        samples=_sampled("gpu_latency_s"),
+        statistic=_median,
+    ),
     "adapter_tax_ratio": Figure("time with the adapter against none", "ratio", _part("adapter_tax", "ratio")),
     "adapter_tax_idle_ratio": Figure(
         "time with adapters in place, none active", "ratio", _part("adapter_tax", "idle_ratio")
@@ -140,6 +147,7 @@ FIGURES: Mapping[str, Figure] = {
     "loaded_proportional_bytes": _memory("proportional memory after load", "loaded_proportional_bytes"),
     "run_proportional_bytes": _memory("proportional memory after a run", "run_proportional_bytes"),
     "run_gpu_bytes": _memory("memory of the GPU after a run", "run_gpu_bytes"),
+    "run_gpu_allocator_bytes": _memory("memory of the GPU that the runtime reserved", "run_gpu_allocator_bytes"),
     "kv_cache_bytes_per_token": _memory("key-value cache, for each token", "kv_cache_bytes_per_token"),
     "total_bytes": Figure("size on disk", "bytes", _part("sizes", "total_bytes")),
     "model_bytes": Figure("models made for this runtime", "bytes", _part("sizes", "model_bytes")),

@@ -69,7 +69,8 @@ class Memory:
     *_proportional_bytes: a page that n processes share counts as 1/n (PSS)
     further_adapters: what each further adapter adds to resident memory, in the order in which they were used; the
         first one may include a second graph
-    run_gpu_bytes: on NVIDIA GPUs, as their driver counts it; None where nothing runs there
+    run_gpu_bytes: on NVIDIA GPUs, as their driver counts it; None where nothing runs there, or it does not tell
+    run_gpu_allocator_bytes: what the runtime's own allocator has reserved there; the driver's own share comes on top
     kv_cache_bytes_per_token: what a decoder's self-attention keeps of each token of each text, by its shape
     """
 
@@ -84,6 +85,7 @@ class Memory:
     further_adapters_resident_bytes: dict[str, int | None]
     kv_cache_bytes_per_token: int | None
     run_gpu_bytes: int | None = None
+    run_gpu_allocator_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ class Profile:
     decode_tokens_per_s: new tokens over the time of an answer's steps, median; None for a single pass
     runs_per_s: rows a second of a single pass, None for models that write
     latency_p*_s: of one new token, or of one single pass
+    gpu_latency_p50_s: of the same runs, on the GPU's own clock from the first thing queued to the end of the last, with
+        what it waited for in between; None where nothing tells it
     operators: longest first, None where not asked for or not told
     quality: of the active adapter or the base, from the bundle's manifest; None where that says none
     noisy: also the quietest attempt was disturbed
@@ -238,6 +242,7 @@ class Profile:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     failures: tuple[str, ...]
+    gpu_latency_p50_s: float | None = None
 
     @property
     def ttft_s(self) -> float | None:

@@ -14,16 +14,17 @@ from edgeadapt.profiling.transports import Completed, Transport, files_below
 _DEVICE_SIDE = Path(__file__).parent / "device_side"
 
 
-def program_files(engine: str) -> dict[str, Path]:
-    """Return the program's files by their names on the device."""
+def program_files(engine: str, packages: Sequence[str] = ()) -> dict[str, Path]:
+    """Return the program's files by their names on the device; `packages`: folders that the engine imports from."""
     shared = [f"engines/{path.name}" for path in (_DEVICE_SIDE / "engines").glob("_[!_]*.py")]
-    names = ("runner.py", "system.py", f"engines/{engine}.py", *sorted(shared))
+    beside = [f"{name}/{path.name}" for name in packages for path in (_DEVICE_SIDE / name).glob("*.py")]
+    names = ("runner.py", "system.py", f"engines/{engine}.py", *sorted(shared), *sorted(beside))
     return {name: _DEVICE_SIDE / name for name in names}
 
 
-def send_job(transport: Transport, folder: Path, engine: str) -> str:
+def send_job(transport: Transport, folder: Path, engine: str, packages: Sequence[str] = ()) -> str:
     """Copy a job and the program that measures it to the device; return where they lie there."""
-    return transport.send({**files_below(folder), **program_files(engine)})
+    return transport.send({**files_below(folder), **program_files(engine, packages)})
 
 
 def measure(

@@ -192,7 +192,7 @@ class Prepared:
         return partial(
             launch.measure,
             self.transport,
-            launch.send_job(self.transport, folder, module.ENGINE),
+            launch.send_job(self.transport, folder, module.ENGINE, getattr(module, "BESIDE", ())),
             install=module.INSTALL,
             timeout_s=self.timeout_s,
             same_clock=self.device.transport == "local",

@@ -21,6 +21,7 @@ def rows(profile: Profile) -> list[dict[str, str]]:
             f"latency per {unit}, p50 / p90 / p95 / p99",
             None if profile.latency_p50_s is None else " / ".join(time_text(value) or "-" for value in percentiles),
         ),
+        (f"latency per {unit} on the GPU's clock, p50", time_text(profile.gpu_latency_p50_s)),
         *_adapter_rows(profile),
         *(_memory_rows(profile.memory) if profile.memory is not None else ()),
         *_system_rows(profile),
@@ -63,6 +64,7 @@ def _memory_rows(memory: Memory) -> list[tuple[str, str | None]]:
         ("of it mapped files", size_text(memory.run_file_bytes)),
         ("memory at peak", size_text(memory.peak_resident_bytes)),
         ("memory of the GPU after a run", size_text(memory.run_gpu_bytes)),
+        ("of it reserved by the runtime", size_text(memory.run_gpu_allocator_bytes)),
         ("key-value cache, for each token", size_text(memory.kv_cache_bytes_per_token)),
     ]
     for name, added in memory.further_adapters_resident_bytes.items():

@@ -25,12 +25,31 @@ CASES = [
     *(("executorch", *case) for case in (("llama", "none", 1e-5), ("bert", "int8", 0.05))),
 ]
 """Few: a converter takes a minute for each."""
+TORCH = [
+    *((model, "none", 1e-5) for model in ("llama", "bert", "resnet")),
+    *((model, "int8", 0.05) for model in ("llama", "bert", "resnet")),
+]
+"""Of 8 bits ONNX Runtime rounds activations too, which torch does not."""
 
 
 def _need(runtime: Runtime) -> None:
     here = all(importlib.util.find_spec(module) for module in runtime.modules)
     if not here and runtime.variable not in os.environ:
         pytest.skip(f"{runtime.install}; or {runtime.variable}=PYTHON")
+
+
+@pytest.mark.parametrize(("model", "scheme", "tolerance"), TORCH)
+def test_torch_answers_like_the_bundle(exported: Exported, model: str, scheme: str, tolerance: float) -> None:
+    found = _measured(exported(model, quantize=scheme), "torch")
+    assert found.failures == ()
+    gaps = {check.adapter: check.relative_error for check in found.checks}
+    assert set(gaps) == {None, "adapter0", "adapter1"}
+    assert 0 < max(gaps.values()) < tolerance, gaps
+    assert found.adapter_tax is not None
+    assert len(found.samples["tax_idle_s"]) == len(found.samples["tax_active_s"]) > 0
+    assert found.swap is not None
+    assert found.cold_load_time_s is None or found.cold_load_time_s > 0
+    assert found.gpu_latency_p50_s is None  # of the CPU there is no such clock
 
 
 def _measured(bundle: Path, runtime: str) -> Profile:

@@ -116,10 +116,13 @@ def measure_speed(engine: Any, job: dict[str, Any], tensors: dict[str, Array], f
     found["load_time_s"] = timed(load)
     first = work.prompt_tokens[0] if work.writes else 0
     found["first_run_s"] = timed(lambda: work.begin(first)) if work.writes else timed(work.once)
+    gpu_times = getattr(engine, "gpu_times", list)
+    gpu_times()  # of the first run
     if work.writes:
         _answers(work, found)
     else:
         found["latency_s"] = [timed(work.once) for _ in range(work.repeats * _RUNS_PER_REPEAT)]
+    found["gpu_s"] = gpu_times()  # of each call of the engine, in their order
     if other is not None:
         with _restored(engine, active):
             found["tax"] = _tax(engine, work, other)
@@ -202,8 +205,12 @@ def measure_memory(engine: Any, job: dict[str, Any], tensors: dict[str, Array], 
     stages["after_load"] = system.memory_now()
     work = Work(engine, job, tensors)
     work.once()
-    on_gpu = job["options"].get("provider") in _ON_GPU
-    stages["after_run"] = {**system.memory_now(), "gpu_bytes": system.gpu_memory_now() if on_gpu else None}
+    stages["after_run"] = system.memory_now()
+    if job["options"].get("provider") in _ON_GPU:
+        held, told = system.gpu_memory_now(), getattr(engine, "gpu_allocator_bytes", lambda: None)()
+        stages["after_run"] |= {"gpu_bytes": held, "gpu_allocator_bytes": told}
+        if held is None:
+            found["notes"].append("the GPU's driver does not say how much of its memory this process holds")
     stages["further_adapters"] = further = {}
     for name in job["others"]:
         engine.use(name)

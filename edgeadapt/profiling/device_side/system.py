@@ -62,17 +62,44 @@ def memory_now(process: Path = PROC / "self") -> dict[str, int | None]:
 
 
 def gpu_memory_now(process: int | None = None) -> int | None:
-    """Return the bytes that a process (this one) holds on all NVIDIA GPUs, as their driver says.
+    """Return the bytes that a process (this one) holds on all NVIDIA GPUs, as their driver says: by NVML or nvidia-smi.
 
     None where it does not say, as in a container whose processes have other numbers outside.
     """
-    answer = _ask_driver("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
-    rows = [line.split(",") for line in (answer or "").splitlines()]
-    wanted = str(os.getpid() if process is None else process)
-    held = [row[1].strip() for row in rows if len(row) == 2 and row[0].strip() == wanted]
-    if not held or not all(mebibytes.isdecimal() for mebibytes in held):
+    wanted = os.getpid() if process is None else process
+    rows = _nvml_processes()
+    if rows is None:
+        rows = _smi_processes()
+    held = [used for number, used in rows if number == wanted]
+    return None if not held or None in held else sum(used for used in held if used is not None)
+
+
+def _nvml_processes() -> list[tuple[int, int | None]] | None:
+    """Return number and bytes of each process that computes on a GPU; None without nvidia-ml-py or its library."""
+    try:
+        import pynvml
+    except ImportError:
         return None
-    return sum(int(mebibytes) for mebibytes in held) * 2**20
+    try:
+        pynvml.nvmlInit()
+        try:
+            gpus = [pynvml.nvmlDeviceGetHandleByIndex(place) for place in range(pynvml.nvmlDeviceGetCount())]
+            running = [each for gpu in gpus for each in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)]
+            return [(each.pid, each.usedGpuMemory) for each in running]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+
+
+def _smi_processes() -> list[tuple[int, int | None]]:
+    answer = _ask_driver("--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits")
+    rows = [[word.strip() for word in line.split(",")] for line in (answer or "").splitlines()]
+    return [
+        (int(row[0]), int(row[1]) * 2**20 if row[1].isdecimal() else None)
+        for row in rows
+        if len(row) == 2 and row[0].isdecimal()
+    ]
 
 
 class MemoryTimeline:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +62,7 @@ def test_memory_as_proc_tells_it(tmp_path):
     ],
 )
 def test_memory_of_gpus_as_their_driver_tells_it(answer, held, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\n{answer}\n")
     program.chmod(0o755)
@@ -67,6 +70,40 @@ def test_memory_of_gpus_as_their_driver_tells_it(answer, held, tmp_path, monkeyp
     assert system.gpu_memory_now(78) == held
     program.unlink()
     assert system.gpu_memory_now(78) is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "held"),
+    [
+        ([[(77, 300)], [(78, 512), (78, 100)]], 612),
+        ([[(77, 300)]], None),
+        ([[(78, 512)], [(78, None)]], None),
+        (None, 9 * 2**20),
+    ],
+)
+def test_memory_of_gpus_as_nvml_tells_it(gpus, held, tmp_path, monkeypatch):
+    """Where NVML's Python interface is there it is asked first; where its library is not, nvidia-smi."""
+    closed = []
+    nvml = ModuleType("pynvml")
+    nvml.NVMLError = type("NVMLError", (Exception,), {})
+
+    def init():
+        if gpus is None:
+            raise nvml.NVMLError
+
+    nvml.nvmlInit, nvml.nvmlShutdown = init, lambda: closed.append(True)
+    nvml.nvmlDeviceGetCount = lambda: len(gpus)
+    nvml.nvmlDeviceGetHandleByIndex = lambda place: gpus[place]
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda gpu: [
+        SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in gpu
+    ]
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '78, 9'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert system.gpu_memory_now(78) == held
+    assert bool(closed) == (gpus is not None)
 
 
 def test_memory_sees_what_is_allocated():

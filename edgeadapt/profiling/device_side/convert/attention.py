@@ -26,7 +26,7 @@ def _rotary(node: Node, x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) 
     refuse_attributes(node, {**dict.fromkeys(names[:3], ...), "scale": 1.0, "is_packed_batching": 0})
     tokens = x.shape[-2] if x.ndim == 4 else x.shape[1]
     if positions.numel() == 1:  # where the first token lies
-        positions = positions.reshape(1, 1) + torch.arange(tokens).reshape(1, -1)
+        positions = positions.reshape(1, 1) + torch.arange(tokens, device=x.device).reshape(1, -1)
     flat = x.ndim == 3
     if flat:
         heads = node.get("num_heads", 0) or x.shape[2] // (2 * cos.shape[1])
@@ -125,7 +125,7 @@ def _group_query(node: Node, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Te
         cos, sin = rest[0], rest[1]
         assert cos is not None
         assert sin is not None
-        positions = past + torch.arange(tokens, dtype=past.dtype).reshape(1, -1)
+        positions = past + torch.arange(tokens, dtype=past.dtype, device=past.device).reshape(1, -1)
         dim, interleaved = 2 * cos.shape[1], bool(node.get("rotary_interleaved", 0))
         q, k = (rotate(t, positions, cos, sin, dim, interleaved=interleaved) for t in (q, k))
     found = _attend(node, (q, k, v), (past_key, past_value), past)
@@ -143,7 +143,7 @@ def _attend(
     batch, heads, tokens, dim = q.shape
     groups, window = k.shape[1], node.get("local_window_size", -1)
     capacity = past_key.shape[2]
-    rows = torch.arange(tokens).repeat(heads // groups)  # the token of each row of a product
+    rows = torch.arange(tokens, device=q.device).repeat(heads // groups)  # the token of each row of a product
     grouped = q.reshape(batch, groups, -1, dim) * (node.get("scale", 0.0) or 1 / math.sqrt(dim))
     scores = [_capped(node, torch.matmul(grouped, k.transpose(-1, -2))) + _among_new(rows, tokens, window)]
     if capacity:
@@ -163,15 +163,16 @@ def _capped(node: Node, scores: Tensor) -> Tensor:
 
 def _among_new(rows: Tensor, tokens: int, window: int) -> Tensor:
     """Return float32[rows, tokens]: 0 for a token that the row's may look at, the rest hidden."""
-    seen = torch.arange(tokens).reshape(1, -1) <= rows.reshape(-1, 1)
+    places = torch.arange(tokens, device=rows.device).reshape(1, -1)
+    seen = places <= rows.reshape(-1, 1)
     if window > 0:
-        seen = seen & (torch.arange(tokens).reshape(1, -1) > rows.reshape(-1, 1) - window)
+        seen = seen & (places > rows.reshape(-1, 1) - window)
     return (~seen).to(torch.float32) * HIDDEN
 
 
 def _of_past(rows: Tensor, capacity: int, past: Tensor, window: int) -> Any:
     """Return float32[batch, 1, 1 or rows, capacity]: 0 for what the cache holds and the row's token may look at."""
-    places = torch.arange(capacity, dtype=past.dtype).reshape(1, 1, 1, -1)
+    places = torch.arange(capacity, dtype=past.dtype, device=past.device).reshape(1, 1, 1, -1)
     held = past.reshape(-1, 1, 1, 1)
     seen = places < held
     if window > 0:

@@ -33,6 +33,10 @@ class Weights:
             self._held[key] = torch.nn.Parameter(torch.from_numpy(np.array(array)), requires_grad=False)
         return self._held[key]
 
+    def keys(self) -> dict[int, tuple[Any, ...]]:
+        """Return what stands for an array's content by the identity of its parameter."""
+        return {id(parameter): key for key, parameter in self._held.items()}
+
     def prepared(self, node: Node, operator: Operator, arrays: Sequence[Array | None]) -> torch.nn.Parameter:
         """Return what an operator makes of its constants, made once of equal ones."""
         key = (operator.prepare, str(node.attributes), *(None if a is None else digest_key(a) for a in arrays))

@@ -12,5 +12,7 @@ file means that the runtime is missing on the device. Its methods, in the order 
 What not every runtime can do may be left out, and its figures are null: `evict(adapter)` forgets what is resident of an
 adapter; `idle()` runs as `use(None)` does, but with everything that adapters need in place; `blend(weights)` makes a
 weighted mixture active; `operators(once, steps)` calls `once` so often, and returns rows of `name`, `op_type`,
-`seconds` (median of one call) and `adapter` (whether the operator is there for adapters alone).
+`seconds` (median of one call) and `adapter` (whether the operator is there for adapters alone); `gpu_times()` returns
+the seconds of each `run`, `start` and `step` since it was last asked, on the GPU's own clock; `gpu_allocator_bytes()`
+what the runtime itself has reserved of the GPU's memory.
 """

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from ._not_started import NotStartedError
+
 Array = Any
 
 _PROVIDERS = {
@@ -30,14 +32,6 @@ _OPTIONS = ("provider", "threads")
 def version() -> str:
     """Return ONNX Runtime's version."""
     return str(ort.__version__)
-
-
-class NotStartedError(RuntimeError):
-    """A provider that was asked for does not run; `hint` says what to do."""
-
-    def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message)
-        self.message, self.hint = message, hint
 
 
 class Engine:

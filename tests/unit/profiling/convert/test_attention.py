@@ -130,6 +130,21 @@ def test_a_text_continued_over_a_fixed_cache(kind: str, packed: bool, tmp_path: 
             cache[f"past_{part}"][:, :, place : place + 1] = found[f"present_{part}"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_of_it_is_computed_where_its_inputs_are(kind: str, tmp_path: Path) -> None:
+    """What an operator makes without saying where lies on the default device, here another one than the weights'."""
+    shapes = {"query": (1, 1, HEADS * DIM), "key": (1, 1, GROUPS * DIM), "value": (1, 1, GROUPS * DIM)}
+    shapes |= dict.fromkeys(("past_key", "past_value"), (1, GROUPS, ROOM, DIM))
+    inputs = {name: torch.ones(shape) for name, shape in shapes.items()}
+    inputs["attention_mask"] = torch.ones(1, ROOM, dtype=torch.int64)
+    network = Network(read_graph(_write(tmp_path, KINDS[kind], packed=False)), inputs, {}, Weights(), bound=ROOM)
+    with torch.no_grad():
+        wanted = network(*network.examples)
+        with torch.device("meta"):
+            found = network(*network.examples)
+    assert all(torch.equal(here, there) for here, there in zip(found, wanted, strict=True))
+
+
 def test_what_attention_here_does_not_know_is_refused(tmp_path: Path) -> None:
     path = _write(tmp_path, {"smooth_softmax": 1}, packed=True)
     inputs = {
