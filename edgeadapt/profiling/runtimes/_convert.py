@@ -99,17 +99,26 @@ def convert(runtime: Runtime, bundle: Bundle, device: Device, folder: Path, shap
     Raises:
         ProfileError: if the bundle is of a kind that has no such form, or the conversion fails.
     """
-    forms, wanted, adapters = requested(bundle, shapes)
+    check_plain(bundle, decoder_spec(bundle.manifest))
+    (record,) = bundle.manifest.graphs.values()
+    adapters = {name: bundle.graph_tensors(name) for name in bundle.adapter_names} if record.slots else {}
     fed = _shapes_of(bundle, adapters)
     scheme = str(bundle.manifest.quantization.get("scheme"))
     precision = "int8" if scheme in _CODES else "float32"
     (folder / "model").mkdir(exist_ok=True)
+    forms = {"plain": bundle.file(record.plain)}
+    if record.slots is not None and adapters:
+        forms["slots"] = bundle.file(record.slots)
     answer = run(
         python_of(runtime, device),
         runtime,
         {
             "models": {
-                form: {"graph": str(path.resolve()), "signatures": wanted[form]} for form, path in forms.items()
+                form: {
+                    "graph": str(path.resolve()),
+                    "signatures": _signatures(bundle, shapes, fed if form == "slots" else {}),
+                }
+                for form, path in forms.items()
             },
             "defaults": {name: list(shape) for name, shape in fed.items()} if "slots" in forms else {},
             "output": str((folder / "model").resolve()),
@@ -124,28 +133,6 @@ def convert(runtime: Runtime, bundle: Bundle, device: Device, folder: Path, shap
     files = {form: f"model/{model['files'][0]}" for form, model in answer["models"].items()}
     padded = _padded(adapters, fed, folder / "model" / "defaults.npz") if adapters else None
     return Models(files, options, padded, notes=_notes(scheme, precision))
-
-
-def requested(
-    bundle: Bundle, shapes: Shapes
-) -> tuple[dict[str, Path], dict[str, dict[str, Any]], dict[str, dict[str, Array]]]:
-    """Return what a bundle's models are to be, where shapes are fixed: see device_side/convert/request.py.
-
-    Returns:
-        ONNX files by form ("plain", and "slots" where there are adapters), the forms' signatures, and the adapters'
-        arrays by input.
-
-    Raises:
-        ProfileError: if the bundle is of a kind that has no such form.
-    """
-    check_plain(bundle, decoder_spec(bundle.manifest))
-    (record,) = bundle.manifest.graphs.values()
-    adapters = {name: dict(bundle.graph_tensors(name)) for name in bundle.adapter_names} if record.slots else {}
-    fed = _shapes_of(bundle, adapters)
-    forms = {"plain": bundle.file(record.plain)}
-    if record.slots is not None and adapters:
-        forms["slots"] = bundle.file(record.slots)
-    return forms, {form: _signatures(bundle, shapes, fed if form == "slots" else {}) for form in forms}, adapters
 
 
 def _notes(scheme: str, precision: str) -> tuple[str, ...]:
@@ -274,3 +261,16 @@ def _passes(bundle: Bundle, shapes: Shapes) -> list[dict[str, Array]]:
 
 def _tensor(dtype: str, shape: Sequence[int], fill: int = 0) -> dict[str, Any]:
     return {"dtype": dtype, "shape": [int(size) for size in shape], "fill": fill}
+
+
+def signatures(bundle: Bundle, shapes: Shapes) -> dict[str, dict[str, Any]]:
+    """Return the signatures of "plain", and of "slots" where there are adapters: see device_side/convert/request.py.
+
+    Raises:
+        ProfileError: if the bundle is of a kind that has no such form.
+    """
+    check_plain(bundle, decoder_spec(bundle.manifest))
+    (record,) = bundle.manifest.graphs.values()
+    adapters = {name: bundle.graph_tensors(name) for name in bundle.adapter_names} if record.slots else {}
+    fed = {"plain": {}, **({"slots": _shapes_of(bundle, adapters)} if adapters else {})}
+    return {form: _signatures(bundle, shapes, inputs) for form, inputs in fed.items()}

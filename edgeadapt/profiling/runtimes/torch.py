@@ -55,7 +55,7 @@ def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Mod
     Raises:
         ProfileError: if the bundle is of a kind that this runtime does not run.
     """
-    _, signatures, _ = _convert.requested(bundle, shapes)
+    signatures = _convert.signatures(bundle, shapes)
     files = graphs_of(bundle, folder)
     options = {"provider": device.provider, "threads": device.threads, "signatures": signatures}
     return Models({form: files[form] for form in signatures}, options, notes=_NOTES)

@@ -24,10 +24,9 @@ class FixedShapes:
     """
 
     NAME = ""
-    OPTIONS: tuple[str, ...] = ("threads", "signatures", "defaults")
 
     def __init__(self, folder: str, job: dict[str, Any], tensors: dict[str, Array]) -> None:
-        unknown = sorted(set(job["options"]) - set(self.OPTIONS))
+        unknown = sorted(set(job["options"]) - {"threads", "signatures", "defaults"})
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r} of the engine {self.NAME}")
         self._folder, self._job, self._tensors = Path(folder), job, tensors
@@ -50,46 +49,29 @@ class FixedShapes:
         """Return an adapter's array as the runtime takes it."""
         return np.ascontiguousarray(array)
 
-    def _arrays(self, adapter: str | None) -> dict[str, Array]:
-        """Return what an adapter's inputs hold, or what stands for none."""
-        if adapter is not None:
-            return {name: self._tensors[key] for name, key in self._job["adapters"][adapter].items()}
-        with np.load(self._folder / self._job["options"]["defaults"]) as arrays:
-            return dict(arrays)
-
-    def _empty(self, shape: list[int]) -> Array:
-        """Return a cache of zeros, float32, that `_keep` writes into."""
-        return np.zeros(shape, np.float32)
-
-    def _told(self, logits: Array) -> Array:
-        """Return logits as numpy's."""
-        return logits
-
     def open(self) -> None:
         """Open the plain model."""
         self._model("plain")
 
     def use(self, adapter: str | None) -> None:
         """Have an adapter's tensors fed; the base runs in the plain model."""
-        if adapter is None:
-            self._form, self._fed = "plain", {}
-            self._model("plain")
-        else:
-            self._feed(adapter)
+        if adapter is not None and adapter not in self._resident:
+            names = self._job["adapters"][adapter]
+            self._resident[adapter] = {name: self._resident_array(self._tensors[key]) for name, key in names.items()}
+        self._form = "plain" if adapter is None else "slots"
+        self._fed = {} if adapter is None else self._resident[adapter]
+        self._model(self._form)
 
     def idle(self) -> None:
         """Run the base in the model that takes adapters, with what stands for none."""
         if "slots" not in self._job["models"]:
             self.use(None)
             return
-        self._feed(None)
-
-    def _feed(self, adapter: str | None) -> None:
+        if None not in self._resident:
+            with np.load(self._folder / self._job["options"]["defaults"]) as arrays:
+                self._resident[None] = {name: self._resident_array(arrays[name]) for name in arrays.files}
+        self._form, self._fed = "slots", self._resident[None]
         self._model("slots")
-        if adapter not in self._resident:
-            arrays = self._arrays(adapter)
-            self._resident[adapter] = {name: self._resident_array(array) for name, array in arrays.items()}
-        self._form, self._fed = "slots", self._resident[adapter]
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run a single pass in the signature of the inputs' shapes."""
@@ -112,7 +94,7 @@ class FixedShapes:
         whole[:, :first] = self._batched(ids[:, :first])
         found = self._run(f"prefill_{width}", {"input_ids": whole, "logits_from": np.asarray([first - 1], np.int64)})
         self._keep(found, first)
-        logits = self._told(found["logits"][:rows, -1])
+        logits = found["logits"][:rows, -1]
         for place in range(first, count):
             logits = self.step(ids[:, place : place + 1])
         return logits
@@ -122,7 +104,7 @@ class FixedShapes:
         self._mask[:, self._past] = 1
         found = self._run("decode", {"input_ids": self._batched(ids), "attention_mask": self._mask, **self._cache})
         self._keep(found, 1)
-        return self._told(found["logits"][: self._rows, -1])
+        return found["logits"][: self._rows, -1]
 
     def close(self) -> None:
         """Free everything."""
@@ -148,7 +130,7 @@ class FixedShapes:
             raise ValueError(f"the model was converted for {room} tokens, not {capacity}")
         if not self._cache:
             names = [pair["past"] for pair in self._job["decoder"]["cache"]]
-            self._cache = {name: self._empty(shapes[name]) for name in names}
+            self._cache = {name: np.zeros(shapes[name], np.float32) for name in names}
         self._mask = np.zeros((rows, room), np.int64)
         self._past = 0
 

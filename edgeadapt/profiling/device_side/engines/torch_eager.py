@@ -39,33 +39,55 @@ class Engine(FixedShapes):
     """
 
     NAME = "torch_eager"
-    OPTIONS = ("provider", "threads", "signatures")
 
     def __init__(self, folder: str, job: dict[str, Any], tensors: dict[str, Array]) -> None:
-        super().__init__(folder, job, tensors)
+        known = {name: value for name, value in job["options"].items() if name != "provider"}
+        super().__init__(folder, {**job, "options": known}, tensors)
         self._device = _device(job["options"]["provider"])
         self._clock = _Clock() if self._device.type == "cuda" else None
         self._requests, self._signatures = self._signatures, {}
         self._neutral: dict[str, Array] = {}
+        self._resident: dict[str | None, dict[str, Array]] = {}
         self._planned = _network.Weights()
         self._weights: dict[tuple[Any, ...], torch.nn.Parameter] = {}
         torch.set_num_threads(self._threads)
         torch.backends.cudnn.allow_tf32 = False  # matrix products have it off unless asked for, convolutions on
 
+    def use(self, adapter: str | None) -> None:
+        """Have an adapter's tensors fed; the base runs in the plain graph."""
+        if adapter is None:
+            self._form, self._fed = "plain", {}
+            self._model("plain")
+        else:
+            self._feed(adapter)
+
+    def idle(self) -> None:
+        """Run the base in the graph that takes adapters, with what stands for none."""
+        if "slots" in self._job["models"]:
+            self._feed(None)
+        else:
+            self.use(None)
+
+    def _feed(self, adapter: str | None) -> None:
+        self._model("slots")
+        if adapter not in self._resident:
+            self._resident[adapter] = {name: self._there(array) for name, array in self._arrays(adapter).items()}
+        self._form, self._fed = "slots", self._resident[adapter]
+
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run a single pass; see `engines`."""
         with self._timed():
-            return {name: self._told(value) for name, value in super().run(inputs).items()}
+            return {name: _told(value) for name, value in super().run(inputs).items()}
 
     def start(self, ids: Array, capacity: int) -> Array:
         """Begin a text; see `engines`."""
         with self._timed():
-            return super().start(ids, capacity)
+            return _told(super().start(ids, capacity))
 
     def step(self, ids: Array) -> Array:
         """Go on by one token; see `engines`."""
         with self._timed():
-            return super().step(ids)
+            return _told(super().step(ids))
 
     def gpu_times(self) -> list[float]:
         """Return the seconds of each call since the last question, on the GPU's clock; none on the CPU."""
@@ -78,7 +100,7 @@ class Engine(FixedShapes):
     def close(self) -> None:
         """Free everything."""
         super().close()
-        self._planned, self._weights, self._neutral = _network.Weights(), {}, {}
+        self._planned, self._weights, self._neutral, self._resident = _network.Weights(), {}, {}, {}
         if self._clock is not None:
             torch.cuda.empty_cache()
 
@@ -123,7 +145,7 @@ class Engine(FixedShapes):
                 network.register_parameter(name, self._weights[key])
 
     def _call(self, model: Any, _form: str, signature: str, inputs: dict[str, Array]) -> list[Array]:
-        return list(model[signature](*(self._resident_array(value) for value in inputs.values())))
+        return list(model[signature](*(self._there(value) for value in inputs.values())))
 
     def _arrays(self, adapter: str | None) -> dict[str, Array]:
         """Return what an adapter's inputs hold, zeros beyond its own rank, and what stands for none."""
@@ -133,14 +155,22 @@ class Engine(FixedShapes):
             for name, neutral in self._neutral.items()
         }
 
-    def _resident_array(self, array: Array) -> Array:
+    def _begin(self, capacity: int) -> None:
+        """Have a cache on the device, whose memory is kept: what it holds of another text is masked."""
+        if not self._cache:
+            shapes = self._signatures[self._form]["decode"]["inputs"]
+            names = [pair["past"] for pair in self._job["decoder"]["cache"]]
+            self._cache = {name: torch.zeros(shapes[name], device=self._device) for name in names}
+        super()._begin(capacity)
+
+    def _there(self, array: Array) -> Array:
+        """Return an array in the device's memory."""
         return array if isinstance(array, torch.Tensor) else torch.tensor(array, device=self._device)
 
-    def _empty(self, shape: list[int]) -> Array:
-        return torch.zeros(shape, device=self._device)
 
-    def _told(self, logits: Array) -> Array:
-        return logits.cpu().numpy()
+def _told(value: Array) -> Array:
+    """Return what was computed as numpy's; of a prompt that was read token by token it is already."""
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
 
 
 class _Clock:
