@@ -6,8 +6,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,57 +27,87 @@ from edgeadapt.runtime.spec import decoder_spec
 Array = NDArray[Any]
 _DEVICE_SIDE = Path(__file__).parents[1] / "device_side"
 _CODES = ("int8", "int4")
+_ROUNDED = "the bundle's {} weights were rounded again, to int8 with one scale per output channel"
+
+_Adapters = Mapping[str, Mapping[str, Array]]
+_Make = Callable[..., dict[str, Any]]
+"""Converts models, and returns what was made by their names."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a runtime needs for a conversion.
+    """A runtime that is converted for; a runtime's file takes `require`, `interpreter` and `prepare` from here.
 
-    name: its file in device_side/convert; modules: what its Python must have; install: the command that brings them
+    name: its file in device_side/convert
+    modules: what its Python must have
+    install: the command that brings them
+    programs: each adapter is a model of its own beside the base's, with its tensors in it; else adapters are inputs
     """
 
     name: str
     modules: tuple[str, ...]
     install: str
+    programs: bool = False
 
     @property
     def variable(self) -> str:
         """The environment variable that names its Python."""
         return f"EDGEADAPT_{self.name.upper()}_PYTHON"
 
+    def require(self, device: Device) -> None:
+        """Check that the device computes on its CPU, and that there is a Python here that converts.
 
-def require(runtime: Runtime, device: Device) -> None:
-    """Check that the device computes on its CPU, and that there is a Python here that converts.
+        Raises:
+            ProfileError: saying what is missing.
+        """
+        if device.provider != "cpu":
+            raise ProfileError(f"{self.name} runs on the CPU here, not on {device.provider!r}", hint="known: cpu")
+        self.python(device)
 
-    Raises:
-        ProfileError: saying what is missing.
-    """
-    if device.provider != "cpu":
-        raise ProfileError(f"{runtime.name} runs on the CPU here, not on {device.provider!r}", hint="known: cpu")
-    python_of(runtime, device)
+    def interpreter(self) -> str | None:
+        """Return the Python that runs it on this machine, if its variable names one."""
+        return os.environ.get(self.variable)
 
+    def python(self, device: Device) -> str:
+        """Return the Python that converts: the device's, if that is this machine, the variable's, or this one.
 
-def named(runtime: Runtime) -> str | None:
-    """Return the Python that the runtime's variable names."""
-    return os.environ.get(runtime.variable)
+        Raises:
+            ProfileError: if the one that was named, or this one, lacks a module.
+        """
+        named = device.interpreter if device.transport == "local" else None
+        python = named or self.interpreter() or sys.executable
+        missing = _missing(python, self.modules)
+        if missing is not None:
+            raise ProfileError(
+                f"{self.name}: {python} {missing}",
+                hint=f"{self.install}; or let {self.variable} name a Python that has " + " and ".join(self.modules),
+            )
+        return python
 
+    def prepare(self, bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:
+        """Convert a bundle into `folder/model` and return what was made.
 
-def python_of(runtime: Runtime, device: Device) -> str:
-    """Return the Python that converts: the device's, if that is this machine, what the variable names, or this one.
+        The precision is the bundle's kind: float32, or, where its weights are codes, int8 per channel.
 
-    Raises:
-        ProfileError: if the one that was named, or this one, lacks a module.
-    """
-    named = device.interpreter if device.transport == "local" else None
-    python = named or os.environ.get(runtime.variable) or sys.executable
-    missing = _missing(python, runtime.modules)
-    if missing is not None:
-        raise ProfileError(
-            f"{runtime.name}: {python} {missing}",
-            hint=f"{runtime.install}; or let {runtime.variable} name a Python that has "
-            + " and ".join(runtime.modules),
-        )
-    return python
+        Raises:
+            ProfileError: if the bundle is of a kind that has no such form, or the conversion fails.
+        """
+        check_plain(bundle, decoder_spec(bundle.manifest))
+        (record,) = bundle.manifest.graphs.values()
+        adapters = {name: bundle.graph_tensors(name) for name in bundle.adapter_names} if record.slots else {}
+        scheme = str(bundle.manifest.quantization.get("scheme"))
+        precision = "int8" if scheme in _CODES else "float32"
+        notes = (_ROUNDED.format(scheme),) if precision == "int8" else ()
+        place = folder / "model"
+        place.mkdir(exist_ok=True)
+
+        def made(models: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+            request = {"models": models, "output": str(place.resolve()), "precision": precision, **more}
+            found: dict[str, Any] = run(self.python(device), self, request)["models"]
+            return found
+
+        found = (_with_programs if self.programs else _with_inputs)(bundle, shapes, adapters, place, made)
+        return replace(found, options={"threads": device.threads, **found.options}, notes=(*found.notes, *notes))
 
 
 @cache
@@ -91,55 +122,53 @@ def _missing(python: str, modules: tuple[str, ...]) -> str | None:
     return f"has no {done.stdout.split()[0]}" if done.stdout.strip() else None
 
 
-def convert(runtime: Runtime, bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:
-    """Convert a bundle into `folder/model` and return what was made.
-
-    The precision is the bundle's kind: float32, or, where its weights are codes, int8 per channel.
-
-    Raises:
-        ProfileError: if the bundle is of a kind that has no such form, or the conversion fails.
-    """
-    check_plain(bundle, decoder_spec(bundle.manifest))
-    (record,) = bundle.manifest.graphs.values()
-    adapters = {name: bundle.graph_tensors(name) for name in bundle.adapter_names} if record.slots else {}
+def _with_inputs(bundle: Bundle, shapes: Shapes, adapters: _Adapters, place: Path, made: _Make) -> Models:
+    """Convert two models, without and with inputs for adapters."""
     fed = _shapes_of(bundle, adapters)
-    scheme = str(bundle.manifest.quantization.get("scheme"))
-    precision = "int8" if scheme in _CODES else "float32"
-    (folder / "model").mkdir(exist_ok=True)
-    forms = {"plain": bundle.file(record.plain)}
-    if record.slots is not None and adapters:
-        forms["slots"] = bundle.file(record.slots)
-    answer = run(
-        python_of(runtime, device),
-        runtime,
-        {
-            "models": {
-                form: {
-                    "graph": str(path.resolve()),
-                    "signatures": _signatures(bundle, shapes, fed if form == "slots" else {}),
-                }
-                for form, path in forms.items()
-            },
-            "defaults": {name: list(shape) for name, shape in fed.items()} if "slots" in forms else {},
-            "output": str((folder / "model").resolve()),
-            "precision": precision,
-        },
+    models = {"plain": _model(bundle, shapes)}
+    if adapters:
+        models["slots"] = _model(bundle, shapes, fed)
+    found = made(models, defaults={name: list(shape) for name, shape in fed.items()})
+    return Models(
+        {form: f"model/{model['files'][0]}" for form, model in found.items()},
+        {"signatures": _signatures_of(found), "defaults": "model/defaults.npz"},
+        _padded(adapters, fed, place / "defaults.npz") if adapters else None,
+        notes=("converted with fixed shapes; adapters are inputs, padded to the largest rank among this bundle's",),
     )
-    options = {
-        "threads": device.threads,
-        "signatures": {form: model["signatures"] for form, model in answer["models"].items()},
-        "defaults": "model/defaults.npz",
-    }
-    files = {form: f"model/{model['files'][0]}" for form, model in answer["models"].items()}
-    padded = _padded(adapters, fed, folder / "model" / "defaults.npz") if adapters else None
-    return Models(files, options, padded, notes=_notes(scheme, precision))
 
 
-def _notes(scheme: str, precision: str) -> tuple[str, ...]:
-    notes = ["converted with fixed shapes; adapters are inputs, padded to the largest rank among this bundle's"]
-    if precision == "int8":
-        notes.append(f"the bundle's {scheme} weights were rounded again, to int8 with one scale per output channel")
-    return tuple(notes)
+def _with_programs(bundle: Bundle, shapes: Shapes, adapters: _Adapters, place: Path, made: _Make) -> Models:
+    """Convert the base and each adapter: models whose files are their own and one of the base's weights."""
+    models = {"plain": _model(bundle, shapes)}
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as scratch:
+        for number, (name, arrays) in enumerate(adapters.items()):
+            held = Path(scratch) / f"{number}.npz"
+            np.savez(held, allow_pickle=False, **arrays)
+            models[f"adapter.{name}"] = _model(bundle, shapes, {}) | {"held": str(held)}
+        found = made(models)
+    _, data = found["plain"]["files"]
+    sizes = {name: (place / name).stat().st_size for name in (data, *(model["files"][0] for model in found.values()))}
+    return Models(
+        {form: f"model/{model['files'][0]}" for form, model in found.items()},
+        {"signatures": _signatures_of(found), "data": f"model/{data}"},
+        {name: {} for name in adapters} or None,
+        notes=(
+            f"converted with fixed shapes; the base's weights are in {data}, which all programs share, an adapter's "
+            "in its own program: " + ", ".join(f"{name} {size / 1e6:.2f} MB" for name, size in sizes.items()),
+        ),
+    )
+
+
+def _model(bundle: Bundle, shapes: Shapes, fed: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, Any]:
+    """Return what a conversion is asked for: of the plain graph, or of that with slots, `fed` its inputs for them."""
+    (record,) = bundle.manifest.graphs.values()
+    file = record.plain if fed is None else record.slots
+    assert file is not None  # a bundle with adapters has it
+    return {"graph": str(bundle.file(file).resolve()), "signatures": _signatures(bundle, shapes, fed or {})}
+
+
+def _signatures_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {form: model["signatures"] for form, model in found.items()}
 
 
 def run(python: str, runtime: Runtime, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,12 +177,12 @@ def run(python: str, runtime: Runtime, request: Mapping[str, Any]) -> dict[str, 
     Raises:
         ProfileError: with what the converter said.
     """
-    path = Path(request["output"]) / "request.json"
-    path.write_text(json.dumps(request), encoding="utf-8")
-    command = [python, "-m", f"convert.{runtime.name}", str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(_DEVICE_SIDE)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    path.unlink()
+    with tempfile.TemporaryDirectory(prefix="edgeadapt-") as scratch:
+        path = Path(scratch) / "request.json"
+        path.write_text(json.dumps(request), encoding="utf-8")
+        command = [python, "-m", f"convert.{runtime.name}", str(path)]
+        environment = {**os.environ, "PYTHONPATH": str(_DEVICE_SIDE)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     lines = done.stdout.strip().splitlines()
     if not lines:
         last = " | ".join(done.stderr.strip().splitlines()[-5:])
@@ -168,7 +197,7 @@ def run(python: str, runtime: Runtime, request: Mapping[str, Any]) -> dict[str, 
     return result
 
 
-def _shapes_of(bundle: Bundle, adapters: Mapping[str, Mapping[str, Array]]) -> dict[str, tuple[int, ...]]:
+def _shapes_of(bundle: Bundle, adapters: _Adapters) -> dict[str, tuple[int, ...]]:
     """Return the shape of each input that an adapter sets: large enough for all of them.
 
     Raises:
@@ -189,9 +218,7 @@ def _shapes_of(bundle: Bundle, adapters: Mapping[str, Mapping[str, Array]]) -> d
     return found
 
 
-def _padded(
-    adapters: Mapping[str, Mapping[str, Array]], shapes: Mapping[str, tuple[int, ...]], defaults: Path
-) -> dict[str, dict[str, Array]]:
+def _padded(adapters: _Adapters, shapes: Mapping[str, tuple[int, ...]], defaults: Path) -> dict[str, dict[str, Array]]:
     """Return adapters with all inputs: zeros beyond their own rank, and what stands for none where they set nothing."""
     with np.load(defaults) as neutral:
         return {

@@ -14,15 +14,7 @@ ENGINE = "coreml"
 INSTALL = "pip install 'edgeadapt[coreml]', or scripts/install-runtime coreml"
 CONVERTS = True
 RUNTIME = _convert.Runtime("coreml", ("coremltools", "torch", "onnx"), INSTALL)
-
-
-def require(device: Device) -> None:
-    """Check that the converter is here.
-
-    Raises:
-        ProfileError: saying what is missing.
-    """
-    _convert.require(RUNTIME, device)
+require = RUNTIME.require
 
 
 def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:
@@ -38,7 +30,7 @@ def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Mod
             "have when torch has traced them",
             hint="profile this bundle with a runtime that reads ONNX (onnxruntime), or with litert or executorch",
         )
-    _convert.convert(RUNTIME, bundle, device, folder, shapes)
+    RUNTIME.prepare(bundle, device, folder, shapes)
     packages = sorted(path for path in (folder / "model").iterdir() if path.suffix == ".mlpackage")
     size = sum(file.stat().st_size for package in packages for file in package.rglob("*") if file.is_file())
     raise ProfileError(

@@ -172,9 +172,8 @@ class Network(torch.nn.Module):
     def _reference(self, name: str) -> tuple[str, Any]:
         if name in self._values:
             return "value", name
-        if name in self._arrays:
-            return "weight", self._name(self._weights.parameter(_float32(self._arrays[name])))
-        return "weight", self._name(torch.nn.Parameter(self._known[name], requires_grad=False))
+        array = _float32(self._arrays[name]) if name in self._arrays else self._known[name].numpy()
+        return "weight", self._name(self._weights.parameter(array))
 
     def _name(self, parameter: torch.nn.Parameter) -> str:
         key = id(parameter)

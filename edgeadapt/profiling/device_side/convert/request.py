@@ -1,9 +1,11 @@
 """What a conversion is asked for, and what it answers: JSON in a file, JSON on stdout.
 
-The request: `{"models": {NAME: {"graph": PATH, "signatures": {NAME: SIGNATURE}}}, "output": FOLDER, "precision":
-"float32" | "int8", "defaults": {NAME: SHAPE}}`. A signature is `{"inputs": {NAME: TENSOR}, "fixed": {NAME: TENSOR},
-"bound": N}`, a tensor `{"dtype": "float32", "shape": [1, 8], "fill": 0}`: what an input looks like, or what it is for
-good. `defaults` are inputs whose values without an adapter are written beside the models, to defaults.npz.
+The request: `{"models": {NAME: {"graph": PATH, "held": PATH, "signatures": {NAME: SIGNATURE}}}, "output": FOLDER,
+"precision": "float32" | "int8", "defaults": {NAME: SHAPE}}`. The first model is "plain", the base. A signature is
+`{"inputs": {NAME: TENSOR}, "fixed": {NAME: TENSOR}, "bound": N}`, a tensor `{"dtype": "float32", "shape": [1, 8],
+"fill": 0}`: what an input looks like, or what it is for good. `held`, which may be left out, is an .npz file of arrays
+that inputs are for good: an adapter's. `defaults` are inputs of "slots" whose values without an adapter are written
+beside the models, to defaults.npz.
 
 The answer: `{"result": {"versions": {...}, "models": {NAME: {"files": [...], "signatures": {NAME: {"inputs": [...],
 "outputs": [...]}}}}}}`, or `{"error": {"message", "hint"}}`.
@@ -16,6 +18,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +31,8 @@ from .network import Network, Weights
 
 Array = NDArray[Any]
 Precision = Literal["float32", "int8"]
+PLAIN = "plain"
+"""The name of the base's model."""
 
 
 class Model(NamedTuple):
@@ -50,7 +55,7 @@ def answer(request: Mapping[str, Any], write: Write) -> dict[str, Any]:
     folder, models = Path(request["output"]), {}
     weights = Weights()
     for name, wanted in request["models"].items():
-        graph = read_graph(Path(wanted["graph"]))
+        graph = holding(read_graph(Path(wanted["graph"])), wanted.get("held"))
         signatures = {key: network(graph, value, weights) for key, value in wanted["signatures"].items()}
         files = write(Model(name, signatures), folder, request["precision"])
         models[name] = {
@@ -69,6 +74,22 @@ def answer(request: Mapping[str, Any], write: Write) -> dict[str, Any]:
             defaults = {key: neutral(graph, key, shape) for key, shape in request.get("defaults", {}).items()}
             np.savez(folder / "defaults.npz", allow_pickle=False, **defaults)
     return {"models": models}
+
+
+def holding(graph: Graph, path: str | None) -> Graph:
+    """Return the graph with the arrays of a file as the values of its inputs.
+
+    Raises:
+        ConversionError: if it has no such input.
+    """
+    if path is None:
+        return graph
+    with np.load(path) as arrays:
+        held = {name: arrays[name] for name in arrays.files}
+    unknown = sorted(set(held) - set(graph.inputs))
+    if unknown:
+        raise ConversionError(f"the graph has no input {unknown[0]!r}", hint="this is a bug; please report it")
+    return replace(graph, constants={**graph.constants, **held})
 
 
 def neutral(graph: Graph, name: str, shape: Sequence[int]) -> Array:

@@ -17,23 +17,23 @@ Array = Any
 
 
 class FixedShapes:
-    """An engine over models with signatures; one for a runtime has `_open` and `_call`.
+    """An engine over models with signatures; one for a runtime has `_open` and `_call`, and says what `use` does.
 
-    Options: threads; signatures: by form ("plain", "slots") and name, `inputs` (name to shape) and `outputs`; defaults:
-    a file with what stands for no adapter, by input
+    Options: threads; signatures: by form (the job's models) and name, `inputs` (name to shape) and `outputs`
     """
 
     NAME = ""
+    OPTIONS: tuple[str, ...] = ()
+    """Further options."""
 
     def __init__(self, folder: str, job: dict[str, Any], tensors: dict[str, Array]) -> None:
-        unknown = sorted(set(job["options"]) - {"threads", "signatures", "defaults"})
+        unknown = sorted(set(job["options"]) - {"threads", "signatures", *self.OPTIONS})
         if unknown:
             raise ValueError(f"unknown option {unknown[0]!r} of the engine {self.NAME}")
         self._folder, self._job, self._tensors = Path(folder), job, tensors
         self._threads: int = job["options"]["threads"]
         self._signatures: dict[str, dict[str, Any]] = job["options"]["signatures"]
         self._models: dict[str, Any] = {}
-        self._resident: dict[str | None, dict[str, Array]] = {}
         self._form, self._fed = "plain", {}  # type: str, dict[str, Array]
         self._cache: dict[str, Array] = {}
         self._mask: Array = None
@@ -45,33 +45,14 @@ class FixedShapes:
     def _call(self, model: Any, form: str, signature: str, inputs: dict[str, Array]) -> list[Array]:
         raise NotImplementedError
 
-    def _resident_array(self, array: Array) -> Array:
-        """Return an adapter's array as the runtime takes it."""
-        return np.ascontiguousarray(array)
-
     def open(self) -> None:
         """Open the plain model."""
         self._model("plain")
 
-    def use(self, adapter: str | None) -> None:
-        """Have an adapter's tensors fed; the base runs in the plain model."""
-        if adapter is not None and adapter not in self._resident:
-            names = self._job["adapters"][adapter]
-            self._resident[adapter] = {name: self._resident_array(self._tensors[key]) for name, key in names.items()}
-        self._form = "plain" if adapter is None else "slots"
-        self._fed = {} if adapter is None else self._resident[adapter]
-        self._model(self._form)
-
-    def idle(self) -> None:
-        """Run the base in the model that takes adapters, with what stands for none."""
-        if "slots" not in self._job["models"]:
-            self.use(None)
-            return
-        if None not in self._resident:
-            with np.load(self._folder / self._job["options"]["defaults"]) as arrays:
-                self._resident[None] = {name: self._resident_array(arrays[name]) for name in arrays.files}
-        self._form, self._fed = "slots", self._resident[None]
-        self._model("slots")
+    def _choose(self, form: str, fed: dict[str, Array]) -> None:
+        """Have a model run, and these arrays fed beside all others."""
+        self._form, self._fed = form, fed
+        self._model(form)
 
     def run(self, inputs: dict[str, Array]) -> dict[str, Array]:
         """Run a single pass in the signature of the inputs' shapes."""
@@ -108,7 +89,7 @@ class FixedShapes:
 
     def close(self) -> None:
         """Free everything."""
-        self._models, self._resident, self._fed, self._cache = {}, {}, {}, {}
+        self._models, self._fed, self._cache = {}, {}, {}
 
     def _model(self, form: str) -> Any:
         if form not in self._models:
@@ -145,3 +126,41 @@ class FixedShapes:
     def _batched(self, ids: Array) -> Array:
         """Return ids with as many rows as the model was converted for: the first ones again."""
         return np.resize(np.asarray(ids, np.int64), (len(self._mask), ids.shape[1]))
+
+
+class FedAdapters(FixedShapes):
+    """An engine whose adapters are inputs of the model "slots".
+
+    Options: defaults: a file with what stands for no adapter, by input
+    """
+
+    OPTIONS = ("defaults",)
+
+    def __init__(self, folder: str, job: dict[str, Any], tensors: dict[str, Array]) -> None:
+        super().__init__(folder, job, tensors)
+        self._resident: dict[str | None, dict[str, Array]] = {}
+
+    def use(self, adapter: str | None) -> None:
+        """Have an adapter's tensors fed; the base runs in the plain model."""
+        if adapter is None:
+            self._choose("plain", {})
+            return
+        if adapter not in self._resident:
+            names = self._job["adapters"][adapter]
+            self._resident[adapter] = {name: np.ascontiguousarray(self._tensors[key]) for name, key in names.items()}
+        self._choose("slots", self._resident[adapter])
+
+    def idle(self) -> None:
+        """Run the base in the model that takes adapters, with what stands for none."""
+        if "slots" not in self._job["models"]:
+            self.use(None)
+            return
+        if None not in self._resident:
+            with np.load(self._folder / self._job["options"]["defaults"]) as arrays:
+                self._resident[None] = {name: np.ascontiguousarray(arrays[name]) for name in arrays.files}
+        self._choose("slots", self._resident[None])
+
+    def close(self) -> None:
+        """Free everything."""
+        super().close()
+        self._resident = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from ai_edge_litert.interpreter import Interpreter
 
-from ._fixed import FixedShapes
+from ._fixed import FedAdapters
 
 Array = Any
 
@@ -18,7 +18,7 @@ def version() -> str:
     return version_of("ai-edge-litert")
 
 
-class Engine(FixedShapes):
+class Engine(FedAdapters):
     """The .tflite models of a job."""
 
     NAME = "litert"
