@@ -1,7 +1,7 @@
 """What `edgeadapt profile` says of one bundle after another on every runtime and transport of this machine.
 
     python benchmarks/profiler.py BUNDLE...              with nothing else running
-    python benchmarks/profiler.py BUNDLE... --ways cpu,web
+    python benchmarks/profiler.py BUNDLE... --ways web,node      these anew, the others as they were
 
 Each row is one call of the command. The first way is called five times, in turns with a program that runs the same
 model without the profiler: how far p50 moves from call to call, and what measuring adds. ssh goes to a real server on
@@ -65,26 +65,43 @@ def main() -> None:
             "schema": "edgeadapt.benchmark/1",
             "date": dt.datetime.now(dt.UTC).date().isoformat(),
             "host": describe_host(),
-            "bundles": {path.name: _bundle(path, args.ways.split(",")) for path in args.bundles},
+            "bundles": _former() | {path.name: _bundle(path, args.ways.split(",")) for path in args.bundles},
         }
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
+def _former() -> dict[str, Any]:
+    """Return what was measured before on this processor."""
+    if not RESULTS.exists():
+        return {}
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    same: dict[str, Any] = found["bundles"] if found["host"]["cpu"] == describe_host()["cpu"] else {}
+    return same
+
+
 def _bundle(path: Path, ways: Sequence[str]) -> dict[str, Any]:
+    found = _former().get(path.name, {"ways": {}})
+    if "cpu" in ways:
+        found |= _turns(path)
+    for way in ways:
+        if way != "cpu":
+            print(f"{path.name}: {way}", file=sys.stderr)
+            with _reached(way) as arguments:
+                found["ways"][way] = _profile(path, arguments)
+    found["ways"] = {way: found["ways"][way] for way in WAYS if way in found["ways"]}
+    return found
+
+
+def _turns(path: Path) -> dict[str, Any]:
+    """Measure the first way several times, in turns with the bare program."""
     steady, bare = [], []
     for number in range(CALLS):
         print(f"{path.name}: call {number + 1} of {CALLS}", file=sys.stderr)
         bare.append(_bare(path))
         steady.append(_profile(path, WAYS["cpu"]))
-    rows = {"cpu": steady[0]}
-    for way in ways:
-        if way != "cpu":
-            print(f"{path.name}: {way}", file=sys.stderr)
-            with _reached(way) as arguments:
-                rows[way] = _profile(path, arguments)
     calls = [{key: call.get(key) for key in ("latency_p50_s", "mean_s", "noisy")} for call in steady]
-    return {"ways": rows, "calls": calls, "bare_mean_s": bare}
+    return {"ways": {"cpu": steady[0]}, "calls": calls, "bare_mean_s": bare}
 
 
 def _profile(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
