@@ -57,7 +57,7 @@ def main() -> None:
             "clock_hz_assumed": CLOCK_HZ_ASSUMED,
         },
         "shares": shares_of(here, measured["rates"]),
-        "errors": {kind: max(found) for kind, found in kinds.items()},
+        "errors": interval(points, here, measured["rates"]),
         "memory": {**memory, "error": max(abs(error) for _, error in memory_errors)},
         "widen": WIDEN,
     }
@@ -99,6 +99,17 @@ def shape_points(rows: Sequence[dict[str, Any]]) -> list[Point]:
     return found
 
 
+def interval(shapes: Sequence[Point], here: Sequence[Point], rates: dict[str, Any]) -> dict[str, float]:
+    """Return the largest relative error of points left out, by kind: of shapes, precisions, thread counts, runtimes.
+
+    A model left out is not counted: of the two measured here one is an encoder, which says nothing of a token.
+    """
+    errors = left_out(shapes)
+    for factor in ("precision", "threads", "runtime"):
+        errors += held_out(here, rates, factor)
+    return {kind: max(abs(error) for point, error in errors if point.kind == kind) for kind in ("decode", "prefill")}
+
+
 def fit_memory(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[tuple[str, float]]]:
     """Return the memory of a process, of a byte of weights by bits and of an adapter's byte; and errors left out."""
     names = ("process_bytes", "weights_4_bits", "weights_8_bits", "adapter")
@@ -138,8 +149,6 @@ def _page(
     means = {
         kind: np.mean([abs(error) for point, error in errors if point.kind == kind]) for kind in ("decode", "prefill")
     }
-    others = measured["noise"]["others_ratio"]
-    disturbed = "not told by this system" if others is None else f"{others:.0%} of the cores' time"
     measured_points = [Point.read(point) for point in measured["points"]]
     held = {name: held_out(measured_points, measured["rates"], name) for name in FACTORS}
     here = [f"| {factor} | {_sizes(found, 'decode')} | {_sizes(found, 'prefill')} |" for factor, found in held.items()]
@@ -167,14 +176,13 @@ Written by `python benchmarks/calibrate_prediction.py` from `benchmarks/results/
 | float32: adapters, attention | {reference["float32_per_s"] / 1e9:.0f} G/s | {shares["float32"]:.2f} |
 
 Shares were measured on {measured["date"]} on {measured["host"]["cpu"]} with {counts} threads: medians of
-`edgeadapt profile`. Other processes used {disturbed} meanwhile. A share is at most 1, as no machine is faster than its
-rates.
+`edgeadapt profile`. A share is at most 1, as no machine is faster than its rates.
 
 ## Points left out
 
 Each shape's points are predicted by a fit to the other shapes alone: the error is what a model that was never measured
 has on a machine that was. Mean of the sizes: {means["decode"]:.1%} for a decoded token, {means["prefill"]:.1%} for a
-prompt; the largest ones, {result["errors"]["decode"]:.1%} and {result["errors"]["prefill"]:.1%}, are the interval.
+prompt.
 
 | point | measured ms | error |
 | --- | --- | --- |
@@ -183,7 +191,10 @@ prompt; the largest ones, {result["errors"]["decode"]:.1%} and {result["errors"]
 ## Another model, precision, number of threads or runtime
 
 On {measured["host"]["cpu"]}, whose rates were measured with each number of threads: all points with one value of a
-column are predicted with shares that were fitted to the others alone. Sizes of the errors, mean (largest).
+column are predicted with shares that were fitted to the others alone. Sizes of the errors, mean (largest). Without its
+model a decoder is predicted from an encoder, which says nothing of a token; two models are too few for that column. The
+largest errors of all other columns and of the points above, {result["errors"]["decode"]:.0%} for a token and
+{result["errors"]["prefill"]:.0%} for a prompt or a text, are the interval of `edgeadapt predict`.
 
 | left out | a decoded token | a prompt or a text |
 | --- | --- | --- |

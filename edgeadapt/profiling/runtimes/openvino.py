@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edgeadapt.profiling.runtimes._required import required_graphs
 ENGINE = "openvino"
 INSTALL = "pip install 'edgeadapt[openvino]'; on another machine: pip install openvino numpy"
 CONVERTS = True
+VARIABLE = "EDGEADAPT_OPENVINO_PYTHON"
 
 
 def require(device: Device) -> None:
@@ -28,8 +30,14 @@ def require(device: Device) -> None:
         )
     if device.transport == "local" and device.interpreter is None and find_spec("openvino") is None:
         raise ProfileError(
-            "openvino is not installed", hint=f"{INSTALL}; or name a Python that has it with --interpreter"
+            "openvino is not installed",
+            hint=f"{INSTALL}; or let --interpreter or {VARIABLE} name a Python that has it",
         )
+
+
+def interpreter() -> str | None:
+    """Return the Python that runs it on this machine, if its variable names one."""
+    return os.environ.get(VARIABLE)
 
 
 def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:  # noqa: ARG001 - any shape is taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -48,14 +49,34 @@ def test_a_cost_is_never_negative(script):
     assert costs[0] == 0
 
 
+RATES = {"1": {"operator": 1e-6, "bandwidth": 80e9, "int8": 1000e9, "float32": 145e9}}
+RATES["2"] = {**RATES["1"], "bandwidth": 120e9, "int8": 2000e9}
+
+
+def _measured(script, rng):
+    """Points with one and with two threads, each at its own rates."""
+    points = []
+    for threads, costs in ((1, COSTS), (2, COSTS * [1, 80 / 120, 0.5, 1])):
+        found = _points(script, rng, costs)
+        points += [dataclasses.replace(point, threads=threads, runtime="session") for point in found]
+    return points
+
+
 def test_no_machine_is_faster_than_its_rates(script):
-    points = _points(script, np.random.default_rng(3), COSTS)
-    rates = {"operator": 1e-6, "bandwidth": 80e9, "int8": 1000e9, "float32": 145e9}
-    shares = script._shares(points, rates)
+    shares = script.shares_of(_measured(script, np.random.default_rng(3)), RATES)
     assert shares["float32"] == 1.0, "they ran at 150 G/s, more than its rate"
     assert shares["operator"] == pytest.approx(4, rel=0.25)
     assert shares["bandwidth"] == pytest.approx(0.5, rel=0.25)
     assert shares["int8"] == pytest.approx(0.5, rel=0.25)
+
+
+def test_what_is_held_out_is_predicted_from_the_rates_of_its_own_threads(script):
+    points = _measured(script, np.random.default_rng(4))
+    slow = [dataclasses.replace(each, seconds=each.seconds * (2 if each.threads == 2 else 1)) for each in points]
+    errors = script.held_out(slow, {name: {**rates, "float32": 160e9} for name, rates in RATES.items()}, "threads")
+    assert [point for point, _ in errors] == slow
+    twice = [error for point, error in errors if point.threads == 2]
+    assert twice == pytest.approx([-0.5] * len(twice), abs=1e-6)
 
 
 def test_a_point_that_is_left_out_does_not_help_itself(script):
@@ -86,11 +107,14 @@ def test_what_ships_is_what_the_points_say(script, rows):
     costs = script.fit(points)
     assert shipped["reference"]["operator_s"] == pytest.approx(costs[0])
     assert shipped["reference"]["bytes_per_s"] == pytest.approx(1 / costs[1])
-    errors = script.left_out(points)
-    for kind in ("decode", "prefill"):
-        largest = max(abs(error) for point, error in errors if point.kind == kind)
-        assert shipped["errors"][kind] == pytest.approx(largest)
     memory, _ = script.fit_memory(rows)
     assert {key: shipped["memory"][key] for key in memory} == pytest.approx(memory)
-    assert shipped["shares"] == json.loads(script.MEASURED.read_text(encoding="utf-8"))["shares"]
+    measured = json.loads(script.MEASURED.read_text(encoding="utf-8"))
+    here = [script.Point.read(point) for point in measured["points"]]
+    assert shipped["shares"] == pytest.approx(script.shares_of(here, measured["rates"]))
+    assert shipped["errors"] == pytest.approx(script.interval(points, here, measured["rates"]))
+    largest = max(abs(error) for point, error in script.left_out(points) if point.kind == "decode")
+    assert shipped["errors"]["decode"] >= largest
+    assert {point.threads for point in here} == {1, 2}
+    assert {point.runtime for point in here} == {"session", "onnxruntime"}
     assert "| Llama-3.2-1B int4 plain, a token |" in script.PAGE.read_text(encoding="utf-8")
