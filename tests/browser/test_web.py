@@ -100,9 +100,12 @@ def test_a_browser_that_dies_and_a_page_that_dies_are_errors_that_keep_what_was_
 
 def test_time_is_limited_and_what_was_measured_is_kept(decoder_job):
     job = decoder_job(runtime, WASM, workload=_endless())
-    with pytest.raises(UnfinishedError) as caught:
-        runtime.measure_in_browser(job, "speed", 15)
-    assert caught.value.message.startswith("the browser was not done within 15 s (")
+    for limit in (15, 90):  # a busy machine may not come to the first sample in the shorter time
+        with pytest.raises(UnfinishedError) as caught:
+            runtime.measure_in_browser(job, "speed", limit)
+        assert caught.value.message.startswith(f"the browser was not done within {limit} s (")
+        if "schema" in caught.value.partial:
+            break
     assert caught.value.partial["schema"] == "edgeadapt.samples/1"
 
 

@@ -21,6 +21,7 @@ class PageMemory:
     def __init__(self, pid: int, *, gpu: bool, proc: Path = _PROC) -> None:
         self._pid, self._gpu, self._proc = pid, gpu, proc
         self._empty: dict[int, Use] | None = None
+        self._highest = 0
 
     def __call__(self) -> Use | None:
         """Return the figures of `memory_now`, or None where there is no /proc."""
@@ -36,7 +37,11 @@ class PageMemory:
         for pid, use in grown.items():
             if self._gpu and kinds[pid] == "gpu-process":
                 found = {name: _sum(value, use[name]) for name, value in found.items()}
-        return found
+        peak = found["peak_resident_bytes"]
+        if peak is None:
+            return found
+        self._highest = max(self._highest, peak)  # the kernel's is a sum of counters that lag behind
+        return {**found, "peak_resident_bytes": self._highest}
 
 
 def _less(use: Use, empty: Use | None) -> Use:
