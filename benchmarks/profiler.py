@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -34,7 +35,7 @@ from host import describe_host
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "profiler.json", ROOT / "docs" / "benchmarks" / "profiler.md"
 CALLS = 5
-WORK = {"prompt-tokens": 128, "new-tokens": 64, "repeats": 5}
+WORK = {"prompt-tokens": 128, "new-tokens": 64, "repeats": 10}
 RUNS = 10
 """Single passes for each repeat."""
 WAYS: dict[str, tuple[str, ...]] = {
@@ -83,7 +84,7 @@ def _former() -> dict[str, Any]:
 def _bundle(path: Path, ways: Sequence[str]) -> dict[str, Any]:
     found = _former().get(path.name, {"ways": {}})
     if "cpu" in ways:
-        found |= _turns(path)
+        found["ways"]["cpu"], found["calls"], found["bare_p50_s"] = _turns(path)
     for way in ways:
         if way != "cpu":
             print(f"{path.name}: {way}", file=sys.stderr)
@@ -93,15 +94,15 @@ def _bundle(path: Path, ways: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def _turns(path: Path) -> dict[str, Any]:
-    """Measure the first way several times, in turns with the bare program."""
-    steady, bare = [], []
+def _turns(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[float]]:
+    """Return a call, all calls, and the p50s of the bare program, which runs before each call and after the last."""
+    steady, bare = [], [_bare(path)]
     for number in range(CALLS):
         print(f"{path.name}: call {number + 1} of {CALLS}", file=sys.stderr)
-        bare.append(_bare(path))
         steady.append(_profile(path, WAYS["cpu"]))
-    calls = [{key: call.get(key) for key in ("latency_p50_s", "mean_s", "noisy")} for call in steady]
-    return {"ways": {"cpu": steady[0]}, "calls": calls, "bare_mean_s": bare}
+        bare.append(_bare(path))
+    calls = [{key: call.get(key) for key in ("latency_p50_s", "noisy")} for call in steady]
+    return steady[0], calls, bare
 
 
 def _profile(path: Path, arguments: Sequence[str]) -> dict[str, Any]:
@@ -125,7 +126,6 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
         "threads": found["threads"],
         "latency_p50_s": found["latency_p50_s"],
         "latency_p95_s": found["latency_p95_s"],
-        "mean_s": mean(found["samples"]["latency_s"]) if found["samples"].get("latency_s") else None,
         "ttft_s": found["prefills"][0]["ttft_s"] if found["prefills"] else None,
         "load_time_s": found["load_time_s"],
         "tax_ratio": tax.get("ratio"),
@@ -142,7 +142,7 @@ def _figures(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bare(path: Path) -> float:
-    """Return the mean seconds of a token after the prompt, or of a pass, in a process without the profiler."""
+    """Return the median seconds of a token after the prompt, or of a pass, in a process without the profiler."""
     command = [sys.executable, __file__.replace("profiler.py", "bare_loop.py"), str(path.resolve())]
     numbers = [str(WORK["prompt-tokens"]), str(WORK["new-tokens"]), str(WORK["repeats"]), str(RUNS)]
     done = subprocess.run([*command, *numbers], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -243,15 +243,16 @@ def _scaled(value: float | None, factor: float) -> str:
 
 def _steadiness(found: Mapping[str, Any]) -> str:
     p50s = [call["latency_p50_s"] for call in found["calls"]]
-    ratios = [call["mean_s"] / bare for call, bare in zip(found["calls"], found["bare_mean_s"], strict=True)]
+    around = pairwise(found["bare_p50_s"])
+    ratios = [call["latency_p50_s"] / mean(two) for call, two in zip(found["calls"], around, strict=True)]
     shown = ", ".join(f"{value * 1e3:.3g}" for value in p50s)
     noisy = sum(call["noisy"] for call in found["calls"])
     return (
         f"**From call to call**: p50 of {len(p50s)} calls on `cpu` is {shown} ms: from the median at most "
         f"{max(abs(value / median(p50s) - 1) for value in p50s):.1%}, {noisy} of them "
-        f"noisy.\n\n**What the profiler adds**: a mean token or pass takes {median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f}) times as long as in a program without it, in {len(ratios)} calls in "
-        "turns."
+        f"noisy.\n\n**What the profiler adds**: a median token or pass takes {median(ratios):.3f} "
+        f"({min(ratios):.3f} to {max(ratios):.3f}) times as long as in a program without it, which ran before and after "
+        f"each of the {len(ratios)} calls."
     )
 
 

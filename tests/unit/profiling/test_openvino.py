@@ -59,11 +59,12 @@ def test_another_provider_is_refused():
 
 def test_without_openvino_the_command_that_installs_it_is_told(decoder, monkeypatch):
     monkeypatch.setattr(openvino, "find_spec", {}.get)
+    monkeypatch.delenv(openvino.VARIABLE, raising=False)
     with pytest.raises(ProfileError) as caught:
         profile(decoder, runtime="openvino", **SMALL)
     assert str(caught.value) == (
         "openvino is not installed\nHint: pip install 'edgeadapt[openvino]'; on another machine: pip install openvino "
-        "numpy; or name a Python that has it with --interpreter"
+        "numpy; or let --interpreter or EDGEADAPT_OPENVINO_PYTHON name a Python that has it"
     )
 
 
