@@ -251,8 +251,8 @@ def _steadiness(found: Mapping[str, Any]) -> str:
         f"**From call to call**: p50 of {len(p50s)} calls on `cpu` is {shown} ms: from the median at most "
         f"{max(abs(value / median(p50s) - 1) for value in p50s):.1%}, {noisy} of them "
         f"noisy.\n\n**What the profiler adds**: a median token or pass takes {median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f}) times as long as in a program without it, which ran before and after "
-        f"each of the {len(ratios)} calls."
+        f"({min(ratios):.3f} to {max(ratios):.3f}) times as long as in a program without it, which ran before and "
+        f"after each of the {len(ratios)} calls."
     )
 
 

@@ -13,7 +13,10 @@ from edgeadapt.profiling.job import Models, Shapes
 from edgeadapt.profiling.runtimes._required import required_graphs
 
 ENGINE = "openvino"
-INSTALL = "pip install 'edgeadapt[openvino]'; on another machine: pip install openvino numpy"
+INSTALL = (
+    "pip install 'edgeadapt[openvino]', or scripts/install-runtime openvino; on another machine: "
+    "pip install openvino numpy"
+)
 CONVERTS = True
 VARIABLE = "EDGEADAPT_OPENVINO_PYTHON"
 

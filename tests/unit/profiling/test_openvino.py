@@ -63,8 +63,8 @@ def test_without_openvino_the_command_that_installs_it_is_told(decoder, monkeypa
     with pytest.raises(ProfileError) as caught:
         profile(decoder, runtime="openvino", **SMALL)
     assert str(caught.value) == (
-        "openvino is not installed\nHint: pip install 'edgeadapt[openvino]'; on another machine: pip install openvino "
-        "numpy; or let --interpreter or EDGEADAPT_OPENVINO_PYTHON name a Python that has it"
+        "openvino is not installed\nHint: pip install 'edgeadapt[openvino]', or scripts/install-runtime openvino; on "
+        "another machine: pip install openvino numpy; or let --interpreter or EDGEADAPT_OPENVINO_PYTHON name a Python that has it"
     )
 
 
