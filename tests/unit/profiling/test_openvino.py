@@ -64,7 +64,8 @@ def test_without_openvino_the_command_that_installs_it_is_told(decoder, monkeypa
         profile(decoder, runtime="openvino", **SMALL)
     assert str(caught.value) == (
         "openvino is not installed\nHint: pip install 'edgeadapt[openvino]', or scripts/install-runtime openvino; on "
-        "another machine: pip install openvino numpy; or let --interpreter or EDGEADAPT_OPENVINO_PYTHON name a Python that has it"
+        "another machine: pip install openvino numpy; or let --interpreter or EDGEADAPT_OPENVINO_PYTHON name a Python "
+        "that has it"
     )
 
 
