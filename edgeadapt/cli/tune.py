@@ -126,7 +126,7 @@ def tune(
 
 
 def _show(found: Tuning, output: Path | None) -> None:
-    shown = dict.fromkeys((*found.objectives, "ttft_s", "decode_tokens_per_s", "total_bytes", "top1", *found.budgets))
+    shown = dict.fromkeys((*found.objectives, "ttft_s", "total_bytes", "top1", *found.budgets))
     rows = [_row(trial, found, list(shown)) for trial in found.trials if trial.failure is None]
     out.table(f"{found.adapter or 'the base'} on {found.device.title}", rows)
     for trial in found.trials:
@@ -147,10 +147,14 @@ def _row(trial: Trial, found: Tuning, figures: list[str]) -> dict[str, Any]:
     marks = ["pick"] * is_pick + ["pareto"] * trial.pareto + ["over budget"] * bool(trial.broken)
     return {
         "candidate": trial.candidate,
-        "runtime": trial.runtime,
+        "runtime": trial.runtime if len({each.runtime for each in found.trials}) > 1 else None,
         "threads": trial.threads,
-        **{FIGURES[name].title: text(name, trial.figures.get(name)) for name in figures if _known(name, found)},
-        "": ", ".join(marks) or None,
+        **{
+            FIGURES[name].short_title or FIGURES[name].title: text(name, trial.figures.get(name))
+            for name in figures
+            if _known(name, found)
+        },
+        "": ", ".join(marks),
     }
 
 

@@ -21,6 +21,7 @@ class Figure:
     title: for people; unit: what one is; more_is_better: a budget for it is a least value, not a most
     read: the value, None where it was not measured
     samples: the raw samples that it is made of, None where it is no statistic of several; statistic: how
+    short_title: for the head of a narrow column, None where the title will do
     """
 
     title: str
@@ -29,6 +30,7 @@ class Figure:
     more_is_better: bool = False
     samples: Callable[[Profile], Sequence[float] | None] | None = None
     statistic: Callable[[Sequence[float]], float] | None = None
+    short_title: str | None = None
 
 
 def _part(part: str, name: str) -> Callable[[Profile], float | None]:
@@ -99,11 +101,12 @@ def _latency(percent: int) -> Figure:
         _own(f"latency_p{percent}_s"),
         samples=_sampled("latency_s"),
         statistic=partial(percentile, percent=percent),
+        short_title=f"p{percent}",
     )
 
 
-def _memory(title: str, name: str) -> Figure:
-    return Figure(title, "bytes", _part("memory", name))
+def _memory(title: str, name: str, short_title: str | None = None) -> Figure:
+    return Figure(title, "bytes", _part("memory", name), short_title=short_title)
 
 
 def _swap(title: str, name: str) -> Figure:
@@ -115,12 +118,25 @@ FIGURES: Mapping[str, Figure] = {
     "load_time_s": Figure("load", "s", _own("load_time_s")),
     "cold_load_time_s": Figure("load, files only on storage", "s", _own("cold_load_time_s")),
     "first_run_s": Figure("first run", "s", _own("first_run_s")),
-    "ttft_s": Figure("time to first token", "s", _own("ttft_s"), samples=_first_tokens, statistic=_median),
+    "ttft_s": Figure(
+        "time to first token",
+        "s",
+        _own("ttft_s"),
+        samples=_first_tokens,
+        statistic=_median,
+        short_title="first token",
+    ),
     "prefill_tokens_per_s": Figure(
         "prefill, tokens", "per_s", _own("prefill_tokens_per_s"), True, samples=_prompts, statistic=_median_rate
     ),
     "decode_tokens_per_s": Figure(
-        "decode, tokens", "per_s", _own("decode_tokens_per_s"), True, samples=_answers, statistic=_median_rate
+        "decode, tokens",
+        "per_s",
+        _own("decode_tokens_per_s"),
+        True,
+        samples=_answers,
+        statistic=_median_rate,
+        short_title="tokens",
     ),
     "runs_per_s": Figure("throughput, rows", "per_s", _own("runs_per_s"), True, samples=_runs, statistic=_median_rate),
     **{f"latency_p{percent}_s": _latency(percent) for percent in (50, 90, 95, 99)},
@@ -141,7 +157,7 @@ FIGURES: Mapping[str, Figure] = {
     "before_load_resident_bytes": _memory("memory before load", "before_load_resident_bytes"),
     "loaded_resident_bytes": _memory("memory after load", "loaded_resident_bytes"),
     "run_resident_bytes": _memory("memory after a run", "run_resident_bytes"),
-    "peak_resident_bytes": _memory("memory at peak", "peak_resident_bytes"),
+    "peak_resident_bytes": _memory("memory at peak", "peak_resident_bytes", "peak"),
     "run_anonymous_bytes": _memory("the process's own memory after a run", "run_anonymous_bytes"),
     "run_file_bytes": _memory("mapped files after a run", "run_file_bytes"),
     "loaded_proportional_bytes": _memory("proportional memory after load", "loaded_proportional_bytes"),
@@ -149,11 +165,13 @@ FIGURES: Mapping[str, Figure] = {
     "run_gpu_bytes": _memory("memory of the GPU after a run", "run_gpu_bytes"),
     "run_gpu_allocator_bytes": _memory("memory of the GPU that the runtime reserved", "run_gpu_allocator_bytes"),
     "kv_cache_bytes_per_token": _memory("key-value cache, for each token", "kv_cache_bytes_per_token"),
-    "total_bytes": Figure("size on disk", "bytes", _part("sizes", "total_bytes")),
+    "total_bytes": Figure("size on disk", "bytes", _part("sizes", "total_bytes"), short_title="on disk"),
     "model_bytes": Figure("models made for this runtime", "bytes", _part("sizes", "model_bytes")),
     "relative_error": Figure("largest error against the goldens", "ratio", _worst_error),
-    "mean_kl": Figure("mean KL from the unquantized model", "nats", _part("quality", "mean_kl")),
-    "top1": Figure("same likeliest answer as unquantized", "ratio", _part("quality", "top1"), True),
+    "mean_kl": Figure("mean KL from the unquantized model", "nats", _part("quality", "mean_kl"), short_title="mean KL"),
+    "top1": Figure(
+        "same likeliest answer as unquantized", "ratio", _part("quality", "top1"), True, short_title="same top-1"
+    ),
     "energy_j": Figure("energy while timing", "J", _part("system", "energy_j")),
 }
 """By name: a field of the profile, or of a part of it; names of tax and swap begin with their part's."""
@@ -172,4 +190,4 @@ def text(name: str, value: float | None) -> str:
         "ratio": lambda ratio: f"{ratio:.4g}",
     }
     unit = FIGURES[name].unit
-    return (shown[unit](value) if unit in shown else f"{value:.4g} {unit}") or ""
+    return (shown[unit](value) if unit in shown else f"{value:.3g} {unit}") or ""

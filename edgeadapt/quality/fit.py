@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import log
 
 from edgeadapt.errors import QuantizeError
 from edgeadapt.quantize.mixed import Mix
@@ -10,13 +11,15 @@ from edgeadapt.quantize.mixed import Mix
 MARGIN = 0.9
 """Of the limit, what is aimed at: estimates are not exact."""
 STEPS = 8
-"""The groups are raised in at most about this many steps."""
+"""The groups are raised in at most about this many steps, and the answer is about a step from the fewest at most."""
+MOST_BETWEEN = 4
+"""How many counts are tried between one that breaks the limit and one that keeps it."""
 
 
 def fit(mix: Mix, *, max_bytes: int | None, max_kl: float | None, measure: Callable[[int], float]) -> int:
     """Return how many groups of `mix` to raise to 8 bits.
 
-    With `max_kl` the fewest that were found to keep it, by measuring; without it as many as `max_bytes` lets in.
+    With `max_kl` the fewest that were found to keep it, by measuring some; without it as many as `max_bytes` lets in.
 
     Args:
         mix: the groups in the order in which they are raised.
@@ -31,14 +34,36 @@ def fit(mix: Mix, *, max_bytes: int | None, max_kl: float | None, measure: Calla
     if max_kl is None:
         return most
     tried: dict[int, float] = {}
+    step = -(-len(mix.groups) // STEPS)
     count = 0
-    while True:
-        tried[count] = measure(count)
-        if tried[count] <= max_kl:
-            return count
+    while tried.setdefault(count, measure(count)) > max_kl:
         if count == most:
             raise _unreachable(mix, tried, max_bytes, max_kl)
-        count = min(most, max(_next(mix, tried, max_kl), count + -(-len(mix.groups) // STEPS)))
+        count = min(most, max(_next(mix, tried, max_kl), count + step))
+    return _fewest(tried, step, max_kl, measure)
+
+
+def _fewest(tried: dict[int, float], step: int, max_kl: float, measure: Callable[[int], float]) -> int:
+    """Return the fewest groups that keep the limit, between what was tried last, which does, and what was before."""
+    *_, low, high = (-1, *sorted(tried))
+    for _ in range(MOST_BETWEEN):
+        if low < 0 or high - low <= step:
+            break
+        count = _between((low, tried[low]), (high, tried[high]), MARGIN * max_kl, step)
+        tried[count] = measure(count)
+        if tried[count] > max_kl:
+            low = count
+        else:
+            high = count
+    return high
+
+
+def _between(low: tuple[int, float], high: tuple[int, float], wanted_kl: float, step: int) -> int:
+    """Return where the divergence should be the wanted one: its logarithm is about straight between two counts."""
+    (fewer, larger), (more, smaller) = low, (high[0], max(high[1], 1e-12))
+    share = log(larger / wanted_kl) / log(larger / smaller)
+    inside = max(1, step // 2)
+    return min(more - inside, max(fewer + inside, fewer + round(share * (more - fewer))))
 
 
 def _most(mix: Mix, max_bytes: int | None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from edgeadapt.errors import QuantizeError
@@ -39,6 +41,24 @@ def test_a_limit_on_the_divergence_is_kept_with_few_groups_and_few_measurements(
     assert _measured(count) <= 0.03
     assert len(tried) <= 3
     assert fit(MIX, max_bytes=None, max_kl=0.5, measure=measure) == 0
+
+
+@pytest.mark.parametrize("max_kl", [0.2, 0.1, 0.05, 0.02, 0.01])
+def test_where_the_estimates_are_far_off_the_fewest_are_looked_for(max_kl: float) -> None:
+    mix = Mix(tuple(Group((f"m{i}",), loss=1 / (i + 1), extra_bytes=100) for i in range(120)), least_bytes=1000)
+    tried: list[int] = []
+
+    def measured(count: int) -> float:
+        return 0.24 * math.exp(-((count / 64) ** 2))
+
+    def measure(count: int) -> float:
+        tried.append(count)
+        return measured(count)
+
+    count = fit(mix, max_bytes=None, max_kl=max_kl, measure=measure)
+    fewest = next(count for count in range(121) if measured(count) <= max_kl)
+    assert fewest <= count <= fewest + 15
+    assert len(tried) == len(set(tried)) <= 8
 
 
 def test_both_limits_that_go_together() -> None:
