@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
     XNNPACKQuantizer,
     get_symmetric_quantization_config,
 )
-from executorch.exir import ExecutorchBackendConfig, memory, to_edge_transform_and_lower
+from executorch.exir import ExecutorchBackendConfig, lowered_backend_module, memory, to_edge_transform_and_lower
 from executorch.runtime import Runtime
+from torch._inductor.pattern_matcher import stable_topological_sort
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from .graph import ConversionError, digest_key
@@ -57,7 +60,8 @@ class Programs:
         partitioners: list[Any] = [XnnpackPartitioner()]
         if precision == "int8":
             partitioners.insert(0, XnnpackDynamicallyQuantizedPartitioner())
-        lowered = to_edge_transform_and_lower(programs, partitioner=partitioners)
+        with _quick_partitioning():
+            lowered = to_edge_transform_and_lower(programs, partitioner=partitioners)
         program = lowered.to_executorch(ExecutorchBackendConfig(external_constants=_place_of))
         file, data = folder / f"{model.name}.pte", folder / f"{_DATA}.ptd"
         with file.open("wb") as stream:
@@ -78,6 +82,20 @@ class Programs:
             module = _rounded(module, network.examples)
         _mark(module, self._held, first)
         return torch.export.export(module, network.examples, strict=False)  # the same module: another loses the marks
+
+
+@contextmanager
+def _quick_partitioning() -> Iterator[None]:
+    """Let ExecuTorch sort a graph in place after each partition, of which int8 makes one per linear layer.
+
+    Its own way copies the whole graph and compiles its Python anew each time: with SmolLM2 most of an hour.
+    """
+    own = lowered_backend_module.legalize_graph
+    lowered_backend_module.legalize_graph = lambda module: stable_topological_sort(module.graph)
+    try:
+        yield
+    finally:
+        lowered_backend_module.legalize_graph = own
 
 
 def _rounded(module: Any, examples: tuple[torch.Tensor, ...]) -> Any:
