@@ -90,6 +90,21 @@ def write_atomically(path: Path, data: bytes) -> None:
             raise
 
 
+def check_writable(path: Path) -> None:
+    """Check that `write_atomically` could write `path` now, before long work whose result it is for.
+
+    Raises:
+        FileError: if not.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path} is a folder", hint="give the name of a file")
+    temporary = path.parent / f".{path.name}.tmp-{secrets.token_hex(4)}"
+    with write_errors(path):
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+
+
 @contextmanager
 def write_errors(target: Path) -> Iterator[None]:
     """Turn an operating system's refusal inside the block into a `FileError` that names `target`."""

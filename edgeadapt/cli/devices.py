@@ -68,15 +68,12 @@ def detect(
 ) -> None:
     """Measure this machine: memory, arithmetic in float32 and int8, what an operator costs. Takes ten seconds."""
     from edgeadapt.device import device_toml
-    from edgeadapt.errors import FileError
     from edgeadapt.fields import to_mapping
     from edgeadapt.files import write_atomically
     from edgeadapt.profiling.detect import detect_device
 
-    if file is not None and file.suffix != ".toml":
-        raise typer.BadParameter(f"{file} does not end in .toml, by which a device's file is known", param_hint="-o")
-    if file is not None and file.exists() and not force:
-        raise FileError(f"{file} exists already", hint="choose another target, or replace it with --force")
+    if file is not None:
+        _check_file(file, force)
     with reporter(quiet=quiet) as progress:
         found = detect_device(file.stem if file is not None else "this-machine", threads=threads, progress=progress)
     for warning in found.warnings:
@@ -89,6 +86,18 @@ def detect(
         output.result(device_toml(found.device), newline=False)
     elif not quiet:
         output.text(f"{file} is written; use it with --device {file}")
+
+
+def _check_file(file: Path, force: bool) -> None:
+    """Refuse what cannot become a device's file before anything is measured."""
+    from edgeadapt.errors import FileError
+    from edgeadapt.files import check_writable
+
+    if file.suffix != ".toml":
+        raise typer.BadParameter(f"{file} does not end in .toml, by which a device's file is known", param_hint="-o")
+    if file.exists() and not force:
+        raise FileError(f"{file} exists already", hint="choose another target, or replace it with --force")
+    check_writable(file)
 
 
 def _per_s(value: float | None, unit: str) -> str | None:

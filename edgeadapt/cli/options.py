@@ -35,7 +35,7 @@ def read_budgets(text: list[str]) -> dict[str, float]:
 
     Raises:
         typer.BadParameter: if one is of another form, a name occurs twice or is no figure of a profile, or a limit is
-            no finite number.
+            no finite number from 0 on.
     """
     from edgeadapt.errors import ProfileError
     from edgeadapt.profiling.budget import check_budgets

@@ -77,6 +77,7 @@ def profile(
     from edgeadapt import profiling
     from edgeadapt.device import read_device
     from edgeadapt.fields import to_mapping
+    from edgeadapt.files import check_writable
 
     budgets = read_budgets(budget or [])
     target = read_device(device)
@@ -86,6 +87,8 @@ def profile(
         listen=listen or target.listen,
         interpreter=interpreter or target.interpreter,
     )
+    for file in filter(None, (output, html)):
+        check_writable(file)
     with reporter(quiet=quiet) as progress:
         measured = profiling.profile(
             bundle,

@@ -28,7 +28,7 @@ class Break:
 
 
 def check_budgets(budgets: Mapping[str, float]) -> None:
-    """Refuse budgets of figures that no profile has, and limits that are no numbers.
+    """Refuse budgets of figures that no profile has, and limits that no figure can be: below 0, or no number.
 
     Raises:
         ProfileError: naming the figure, with the known ones.
@@ -39,8 +39,8 @@ def check_budgets(budgets: Mapping[str, float]) -> None:
             close = difflib.get_close_matches(_words(name), known, n=1)
             meant = f"did you mean {known[close[0]]!r}? " if close else ""
             raise ProfileError(f"a profile has no figure {name!r}", hint=f"{meant}known figures: {', '.join(FIGURES)}")
-        if not math.isfinite(limit):
-            raise ProfileError(f"the budget of {name} is {limit}", hint="give a finite number, in the figure's unit")
+        if not math.isfinite(limit) or limit < 0:
+            raise ProfileError(f"the budget of {name} is {limit}", hint="give a number from 0 on, in the figure's unit")
 
 
 def _words(name: str) -> str:

@@ -15,6 +15,7 @@ from edgeadapt import files
 from edgeadapt.errors import BundleError, FileError
 from edgeadapt.files import (
     canonical_json,
+    check_writable,
     locked_directory,
     parse_json,
     read_bytes,
@@ -231,6 +232,19 @@ def test_write_atomically(tmp_path, monkeypatch):
         write_atomically(path, b"three")
     assert caught.value.message == f"cannot write {path}: Input/output error"
     assert path.read_bytes() == b"two"
+    assert _tree(tmp_path) == ["f"]
+
+
+def test_whether_a_file_can_be_written_is_known_before(tmp_path):
+    path = tmp_path / "f"
+    check_writable(path)
+    assert _tree(tmp_path) == []
+    path.write_bytes(b"old")
+    check_writable(path)
+    assert path.read_bytes() == b"old"
+    for wrong in (tmp_path, path / "below", tmp_path / "missing" / "f"):
+        with pytest.raises(FileError):
+            check_writable(wrong)
     assert _tree(tmp_path) == ["f"]
 
 

@@ -57,4 +57,7 @@ def test_a_file_of_another_kind_is_refused(invoke, tmp_path):
     refused = invoke("devices", "detect", "-o", str(tmp_path / "mine.json"))
     assert refused.exit_code == 2
     assert "does not end in .toml" in refused.stderr
+    nowhere = invoke("devices", "detect", "-o", str(tmp_path / "missing" / "mine.toml"))
+    assert nowhere.exit_code == 1
+    assert "cannot write" in nowhere.stderr
     assert invoke("devices", "--json", "detect").exit_code == 2

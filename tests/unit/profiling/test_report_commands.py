@@ -49,12 +49,29 @@ def test_a_budget_that_is_not_kept_exits_with_1_and_names_the_figure(decoder, tm
         ("latency_p95_s", "'latency_p95_s' is not of the form FIGURE=LIMIT"),
         ("latency_p95_s=fast", "'fast', the limit of 'latency_p95_s', is not a number"),
         ("latency_p95_s=inf", "the budget of latency_p95_s is inf"),
+        ("latency_p95_s=-1", "the budget of latency_p95_s is -1"),
     ],
 )
 def test_wrong_budgets_are_wrong_usage(decoder, budget, message):
     done = _run("profile", decoder, *FAST, "--budget", budget)
     assert done.exit_code == 2
     assert message in re.sub(r"\s+", " ", done.stderr)
+
+
+@pytest.mark.parametrize("option", ["-o", "--html"])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("missing/p", "cannot write {}: No such file or directory"), (".", "{} is a folder")],
+)
+def test_where_nothing_can_be_written_nothing_is_measured(decoder, tmp_path, monkeypatch, option, place, message):
+    def never(*_args, **_options):
+        raise AssertionError
+
+    monkeypatch.setattr("edgeadapt.profiling.profile", never)
+    done = _run("profile", decoder, *FAST, option, tmp_path / place)
+    assert done.exit_code == 1
+    assert f"error: {message.format(tmp_path / place)}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_report_writes_what_is_asked_for(written, tmp_path):
