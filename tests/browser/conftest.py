@@ -68,14 +68,23 @@ def decoder_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...
     return make
 
 
+@pytest.fixture(scope="session")
+def write_decoder_bundle() -> Callable[[Path], Path]:
+    """Write a decoder's bundle with adapters a and b; its goldens are what edgeadapt's own session says."""
+
+    def write(path: Path) -> Path:
+        sites = tiny.decoder_sites(tiny.DecoderShape())
+        bundles.write_decoder(path, {"a": tiny.low_rank(sites, 4, 11), "b": tiny.low_rank(sites, 2, 12)})
+        bundles.record_goldens(path)
+        return path
+
+    return write
+
+
 @pytest.fixture
-def decoder_bundle(tmp_path: Path) -> Path:
-    """A decoder's bundle with adapters a and b; its goldens are what edgeadapt's own session says."""
-    path = tmp_path / "a decoder.bundle"
-    sites = tiny.decoder_sites(tiny.DecoderShape())
-    bundles.write_decoder(path, {"a": tiny.low_rank(sites, 4, 11), "b": tiny.low_rank(sites, 2, 12)})
-    bundles.record_goldens(path)
-    return path
+def decoder_bundle(tmp_path: Path, write_decoder_bundle: Callable[[Path], Path]) -> Path:
+    """A decoder's bundle with adapters a and b."""
+    return write_decoder_bundle(tmp_path / "a decoder.bundle")
 
 
 @pytest.fixture
@@ -116,13 +125,13 @@ def samples_are_whole() -> Callable[[dict[str, Any]], None]:
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def devtools() -> ModuleType:
     """The module devtools."""
     return _helper(Path(__file__).parent, "devtools")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pocket(devtools: Any) -> Callable[..., Any]:
     """Make a phone's browser."""
     return devtools.Phone
