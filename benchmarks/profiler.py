@@ -22,7 +22,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -243,16 +242,18 @@ def _scaled(value: float | None, factor: float) -> str:
 
 def _steadiness(found: Mapping[str, Any]) -> str:
     p50s = [call["latency_p50_s"] for call in found["calls"]]
-    around = pairwise(found["bare_p50_s"])
-    ratios = [call["latency_p50_s"] / mean(two) for call, two in zip(found["calls"], around, strict=True)]
+    ratios = [
+        call["latency_p50_s"] / mean(found["bare_p50_s"][number : number + 2])
+        for number, call in enumerate(found["calls"])
+    ]
     shown = ", ".join(f"{value * 1e3:.3g}" for value in p50s)
     noisy = sum(call["noisy"] for call in found["calls"])
     return (
         f"**From call to call**: p50 of {len(p50s)} calls on `cpu` is {shown} ms: from the median at most "
         f"{max(abs(value / median(p50s) - 1) for value in p50s):.1%}, {noisy} of them "
         f"noisy.\n\n**What the profiler adds**: a median token or pass takes {median(ratios):.3f} "
-        f"({min(ratios):.3f} to {max(ratios):.3f}) times as long as in a program without it, which ran before and "
-        f"after each of the {len(ratios)} calls."
+        f"({min(ratios):.3f} to {max(ratios):.3f}) times as long as in a program without it, which ran between the "
+        f"{len(ratios)} calls."
     )
 
 
