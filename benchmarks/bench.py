@@ -238,7 +238,7 @@ def _measure_quality(run: Run, cells: list[Cell], workload: Any, reference: Path
         if cell.failed or (cell.side.note and not cell.side.promoted) or cell.side.adapter == "qv8":
             continue  # the same files as another side, or values that mean nothing
         run.say(f"quality: {cell.side.name}")
-        call = lambda side=cell.side: measure.quality(side, workload, reference, run.args.work)  # noqa: E731
+        call = partial(measure.quality, cell.side, workload, reference, run.args.work)
         found = attempt(cell.side, "quality", run.failures, call)
         run.result["sides"][cell.side.name]["quality"] = found
 
@@ -249,7 +249,7 @@ def _measure_swaps(run: Run, cells: list[Cell], workload: Any) -> None:
             continue
         run.say(f"swaps: {cell.side.name}")
         runs = 3 if run.args.quick or cell.side.module.EVERY > 1 else 10
-        call = lambda side=cell.side, runs=runs: measure.swaps(side, workload, runs)  # noqa: E731
+        call = partial(measure.swaps, cell.side, workload, runs)
         run.result["sides"][cell.side.name]["swaps"] = attempt(cell.side, "swaps", run.failures, call)
 
 

@@ -90,7 +90,8 @@ class Figures:
 
     def made(self, engine: str, configuration: str) -> dict[str, Any]:
         """What making an engine's model files cost, {} if that failed."""
-        return self.result["made"].get(f"{engine} {configuration}", {})  # type: ignore[no-any-return]
+        found: dict[str, Any] = self.result["made"].get(f"{engine} {configuration}", {})
+        return found
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

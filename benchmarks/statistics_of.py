@@ -28,7 +28,7 @@ def paired(above: Mapping[int, float], below: Mapping[int, float]) -> list[float
     return [above[number] / below[number] for number in sorted(above.keys() & below.keys())]
 
 
-def ratio(above: Mapping[int, float], below: Mapping[int, float]) -> dict[str, float | int] | None:
+def ratio(above: Mapping[int, float], below: Mapping[int, float]) -> dict[str, float | int | None] | None:
     """The median of the paired ratios with its bootstrap interval, None without a common round.
 
     `low` and `high` bound the median with 95 % confidence (percentile bootstrap over rounds, fixed seed); with one
@@ -38,7 +38,7 @@ def ratio(above: Mapping[int, float], below: Mapping[int, float]) -> dict[str, f
     if not ratios:
         return None
     low, high = bootstrap_interval(ratios) if len(ratios) > 1 else (None, None)
-    return {"median": median(ratios), "low": low, "high": high, "n": len(ratios)}  # type: ignore[dict-item]
+    return {"median": median(ratios), "low": low, "high": high, "n": len(ratios)}
 
 
 def bootstrap_interval(samples: Sequence[float]) -> tuple[float, float]:

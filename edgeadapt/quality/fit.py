@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import log
 
 from edgeadapt.errors import QuantizeError
 from edgeadapt.quantize.mixed import Mix
@@ -11,9 +10,7 @@ from edgeadapt.quantize.mixed import Mix
 MARGIN = 0.9
 """Of the limit, what is aimed at: estimates are not exact."""
 STEPS = 8
-"""The groups are raised in at most about this many steps, and the answer is about a step from the fewest at most."""
-MOST_BETWEEN = 4
-"""How many counts are tried between one that breaks the limit and one that keeps it."""
+"""The groups are raised in at most about this many steps, and the answer is at most a step from fewer that break it."""
 
 
 def fit(mix: Mix, *, max_bytes: int | None, max_kl: float | None, measure: Callable[[int], float]) -> int:
@@ -44,26 +41,16 @@ def fit(mix: Mix, *, max_bytes: int | None, max_kl: float | None, measure: Calla
 
 
 def _fewest(tried: dict[int, float], step: int, max_kl: float, measure: Callable[[int], float]) -> int:
-    """Return the fewest groups that keep the limit, between what was tried last, which does, and what was before."""
+    """Return the fewest groups found between what was tried last, which keeps the limit, and what was tried before."""
     *_, low, high = (-1, *sorted(tried))
-    for _ in range(MOST_BETWEEN):
-        if low < 0 or high - low <= step:
-            break
-        count = _between((low, tried[low]), (high, tried[high]), MARGIN * max_kl, step)
+    while low >= 0 and high - low > step:
+        count = (low + high) // 2
         tried[count] = measure(count)
         if tried[count] > max_kl:
             low = count
         else:
             high = count
     return high
-
-
-def _between(low: tuple[int, float], high: tuple[int, float], wanted_kl: float, step: int) -> int:
-    """Return where the divergence should be the wanted one: its logarithm is about straight between two counts."""
-    (fewer, larger), (more, smaller) = low, (high[0], max(high[1], 1e-12))
-    share = log(larger / wanted_kl) / log(larger / smaller)
-    inside = max(1, step // 2)
-    return min(more - inside, max(fewer + inside, fewer + round(share * (more - fewer))))
 
 
 def _most(mix: Mix, max_bytes: int | None) -> int:

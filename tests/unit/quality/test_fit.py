@@ -61,6 +61,10 @@ def test_where_the_estimates_are_far_off_the_fewest_are_looked_for(max_kl: float
     assert len(tried) == len(set(tried)) <= 8
 
 
+def test_no_divergence_at_all_can_be_asked_for() -> None:
+    assert fit(MIX, max_bytes=None, max_kl=0.0, measure=lambda count: 0.0 if count > 7 else 0.1) in {8, 9}
+
+
 def test_both_limits_that_go_together() -> None:
     count = fit(MIX, max_bytes=1600, max_kl=0.03, measure=_measured)
     assert MIX.bytes(count) <= 1600
