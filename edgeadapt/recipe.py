@@ -34,9 +34,9 @@ class Recipe:
     kv_cache: what decoders hold keys and values in; int8 takes a quarter of the memory, for long texts that are written
     calibrate: a file of samples for schemes that measure activations, and for the quality table
     max_bytes: the most that the base's weights may take; int4 gives 8 bits to as many of its most sensitive layers as
-        fit (or as few as max_kl asks for); None for no limit
+        fit (or as few as max_kl and min_top1 ask for); None for no limit
     max_kl, min_top1: the quality gate: the largest mean KL divergence (nats) from the float model, and the smallest
-        share of equal top-1 answers (0 to 1); None for no gate. int4 gives 8 bits to layers until max_kl is kept
+        share of equal top-1 answers (0 to 1); None for no gate. int4 gives 8 bits to layers until they are kept
     prune_kl: leave out ranks and sites of each adapter as long as its answers differ from the whole adapter's by no
         more than this mean KL divergence (nats, on the samples, before quantizing); None leaves nothing out
     adapter_dtype: how adapters are stored (edgeadapt/bundle/stored.py); None for float32 where nothing is quantized,

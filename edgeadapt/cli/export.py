@@ -73,7 +73,11 @@ def export(
         ),
     ] = None,
     min_top1: Annotated[
-        float | None, typer.Option("--min-top1", help="Fail if fewer top-1 answers (0 to 1) agree with torch.")
+        float | None,
+        typer.Option(
+            "--min-top1",
+            help="The smallest share (0 to 1) of top-1 answers that agree with torch; int4 raises layers for it.",
+        ),
     ] = None,
     prune_kl: Annotated[
         float | None,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from edgeadapt.merging.base_model import BaseModel
     from edgeadapt.quantize.patch import Variant
     from edgeadapt.quantize.residual import Residual
+    from edgeadapt.quantize.rounded import RoundedWeights
 
 Array = NDArray[Any]
 CALIBRATION_TOKENS_PER_TEXT = 512
@@ -51,19 +55,40 @@ def quantized(
 
     residual = new_residual(job)
     moments = moments_of(job)
-    raised = choose_mix(job, graph, moments, trials, progress)
-    smaller, record = quantize(
-        graph,
-        job.recipe.quantize,
-        keep=job.recipe.keep,
-        moments=moments,
-        block_size=job.recipe.block_size,
-        raised=raised,
-        variants=variants,
-        residual=residual,
-        progress=progress,
-    )
+    with kept_roundings(job, trials) as rounded:
+        raised = choose_mix(job, graph, moments, trials=trials, rounded=rounded, progress=progress)
+        smaller, record = quantize(
+            graph,
+            job.recipe.quantize,
+            keep=job.recipe.keep,
+            moments=moments,
+            block_size=job.recipe.block_size,
+            raised=raised,
+            variants=variants,
+            residual=residual,
+            rounded=rounded,
+            progress=progress,
+        )
     return smaller, record, residual
+
+
+def mixes(recipe: Recipe) -> bool:
+    """Tell whether the recipe's limits choose which layers get 8 bits."""
+    return recipe.quantize == "int4" and any(
+        limit is not None for limit in (recipe.max_bytes, recipe.max_kl, recipe.min_top1)
+    )
+
+
+@contextmanager
+def kept_roundings(job: Job, trials: Path) -> Iterator[RoundedWeights | None]:
+    """Give what keeps rounded weights from one trial to the next, on the disk of `trials`; None if none are tried."""
+    from edgeadapt.quantize.rounded import RoundedWeights
+
+    if not mixes(job.recipe):
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix=".rounded-", dir=trials.parent) as folder:
+        yield RoundedWeights(Path(folder))
 
 
 def moments_of(job: Job) -> Mapping[str, Array] | None:
@@ -172,30 +197,29 @@ def new_residual(job: Job) -> Residual | None:
 
 
 def choose_mix(
-    job: Job, graph: Graph, moments: Mapping[str, Array] | None, folder: Path, progress: Progress
+    job: Job,
+    graph: Graph,
+    moments: Mapping[str, Array] | None,
+    *,
+    trials: Path,
+    rounded: RoundedWeights | None,
+    progress: Progress,
 ) -> frozenset[str]:
-    """Return the paths of the modules that get 8 bits where int4 gives 4, as `max_bytes` and `max_kl` ask for.
+    """Return the paths of the modules that get 8 bits where int4 gives 4, as the recipe's limits ask for.
 
     Raises:
         QuantizeError: naming the best that there is, if the limits cannot be kept.
     """
     recipe = job.recipe
-    if recipe.quantize != "int4" or (recipe.max_bytes is None and recipe.max_kl is None):
+    if not mixes(recipe):
         return frozenset()
     from edgeadapt.export.importance import collect_importance
-    from edgeadapt.quality.fit import fit
+    from edgeadapt.quality.fit import Limits, Worst, fit
     from edgeadapt.quantize.mixed import rank_groups
     from edgeadapt.quantize.quantize import quantize
 
-    with progress.stage("weigh layers"):
-        cases, adapted = _calibration_runs(job, TOKENS_PER_TEXT)
-        few = [(module, own[:CASES_WEIGHED]) for module, own in adapted]
-        importance = collect_importance(job.base, cases[:CASES_WEIGHED], adapted=few)
-    mix = rank_groups(
-        graph, importance, keep=recipe.keep, moments=moments, block_size=recipe.block_size, progress=progress
-    )
-
-    def measure(count: int) -> float:
+    @cache
+    def measure(raised: frozenset[str]) -> Worst:
         residual = new_residual(job)
         trial, record = quantize(
             graph,
@@ -203,17 +227,34 @@ def choose_mix(
             keep=recipe.keep,
             moments=moments,
             block_size=recipe.block_size,
-            raised=mix.raised(count),
+            raised=raised,
             residual=residual,
+            rounded=rounded,
             progress=progress,
         )
         try:
-            draft = write_base(job, trial, record, folder, residual)
-            with open_written(job, draft, folder, keep_graphs=False) as session:
-                worst = max((row.mean_kl or 0.0 for row in quality_rows(job, session)), default=0.0)
+            draft = write_base(job, trial, record, trials, residual)
+            with open_written(job, draft, trials, keep_graphs=False) as session:
+                worst = Worst.of(quality_rows(job, session))
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        progress.note(f"{count} of {len(mix.groups)} groups in 8 bits: {mix.bytes(count)} bytes, mean KL {worst:.4g}")
+            shutil.rmtree(trials, ignore_errors=True)
+        progress.note(f"with {len(raised)} layers raised to 8 bits: {record['bytes_after']} bytes, {worst}")
         return worst
 
-    return mix.raised(fit(mix, max_bytes=recipe.max_bytes, max_kl=recipe.max_kl, measure=measure))
+    limits = Limits(recipe.max_bytes, recipe.max_kl, recipe.min_top1)
+    if limits.max_bytes is None and limits.keeps(measure(frozenset())):
+        return frozenset()
+    with progress.stage("weigh layers"):
+        cases, adapted = _calibration_runs(job, TOKENS_PER_TEXT)
+        few = [(module, own[:CASES_WEIGHED]) for module, own in adapted]
+        importance = collect_importance(job.base, cases[:CASES_WEIGHED], adapted=few)
+    mix = rank_groups(
+        graph,
+        importance,
+        keep=recipe.keep,
+        moments=moments,
+        block_size=recipe.block_size,
+        rounded=rounded,
+        progress=progress,
+    )
+    return mix.raised(fit(mix, limits, lambda count: measure(mix.raised(count))))

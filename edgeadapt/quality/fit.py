@@ -2,54 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from edgeadapt.errors import QuantizeError
+from edgeadapt.quality.quality import QualityRow
 from edgeadapt.quantize.mixed import Mix
 
 MARGIN = 0.9
-"""Of the limit, what is aimed at: estimates are not exact."""
+"""Of a limit, what is aimed at: estimates are not exact."""
 STEPS = 8
 """The groups are raised in at most about this many steps, and the answer is at most a step from fewer that break it."""
+_LEAST = 1e-12
+"""What a limit of nothing counts as where distances from it are compared."""
 
 
-def fit(mix: Mix, *, max_bytes: int | None, max_kl: float | None, measure: Callable[[int], float]) -> int:
+@dataclass(frozen=True)
+class Worst:
+    """The worst of base and adapters: mean_kl in nats, top1 the share of positions with the same most likely answer."""
+
+    mean_kl: float
+    top1: float
+
+    @classmethod
+    def of(cls, rows: Sequence[QualityRow]) -> Worst:
+        """Return the worst of rows; those without such a figure break no limit here."""
+        kls = [row.mean_kl for row in rows if row.mean_kl is not None]
+        shares = [row.top1 for row in rows if row.top1 is not None]
+        return cls(max(kls, default=0.0), min(shares, default=1.0))
+
+    def __str__(self) -> str:
+        return f"mean KL {self.mean_kl:.4g}, top-1 agreement {self.top1:.4g}"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the user asks for, None for any: the most bytes, the largest mean KL (nats), the smallest top-1 share."""
+
+    max_bytes: int | None = None
+    max_kl: float | None = None
+    min_top1: float | None = None
+
+    def keeps(self, worst: Worst) -> bool:
+        """Tell whether the limits on quality are kept."""
+        return (self.max_kl is None or worst.mean_kl <= self.max_kl) and (
+            self.min_top1 is None or worst.top1 >= self.min_top1
+        )
+
+    def share(self, worst: Worst) -> float:
+        """Return how much of what the limits allow is used, of that limit which is nearest to be broken, or most."""
+        found = []
+        if self.max_kl is not None:
+            found.append(worst.mean_kl / max(self.max_kl, _LEAST))
+        if self.min_top1 is not None:
+            found.append((1 - worst.top1) / max(1 - self.min_top1, _LEAST))
+        return max(found)
+
+    def __str__(self) -> str:
+        found = [] if self.max_kl is None else [f"mean KL divergence of at most {self.max_kl:g}"]
+        found += [] if self.min_top1 is None else [f"top-1 agreement of at least {self.min_top1:g}"]
+        return "a " + " and a ".join(found)
+
+
+def fit(mix: Mix, limits: Limits, measure: Callable[[int], Worst]) -> int:
     """Return how many groups of `mix` to raise to 8 bits.
 
-    With `max_kl` the fewest that were found to keep it, by measuring some; without it as many as `max_bytes` lets in.
+    With limits on quality the fewest that were found to keep them, by measuring some; without as many as the bytes let
+    in.
 
     Args:
         mix: the groups in the order in which they are raised.
-        max_bytes: the most that the weights may take, or None.
-        max_kl: the largest mean KL divergence in nats, or None.
-        measure: the mean KL divergence of the model with so many groups raised.
+        limits: the user's.
+        measure: how the model with so many groups raised answers.
 
     Raises:
         QuantizeError: naming the best that there is, if the limits cannot be kept.
     """
-    most = _most(mix, max_bytes)
-    if max_kl is None:
+    most = _most(mix, limits.max_bytes)
+    if limits.max_kl is None and limits.min_top1 is None:
         return most
-    tried: dict[int, float] = {}
+    tried: dict[int, Worst] = {}
     step = -(-len(mix.groups) // STEPS)
     count = 0
-    while tried.setdefault(count, measure(count)) > max_kl:
+    while not limits.keeps(tried.setdefault(count, measure(count))):
         if count == most:
-            raise _unreachable(mix, tried, max_bytes, max_kl)
-        count = min(most, max(_next(mix, tried, max_kl), count + step))
-    return _fewest(tried, step, max_kl, measure)
+            raise _unreachable(mix, tried, limits)
+        shares = {count: limits.share(worst) for count, worst in tried.items()}
+        count = min(most, max(_next(mix, shares), count + step))
+    return _fewest(tried, step, limits, measure)
 
 
-def _fewest(tried: dict[int, float], step: int, max_kl: float, measure: Callable[[int], float]) -> int:
-    """Return the fewest groups found between what was tried last, which keeps the limit, and what was tried before."""
+def _fewest(tried: dict[int, Worst], step: int, limits: Limits, measure: Callable[[int], Worst]) -> int:
+    """Return the fewest groups found between what was tried last, which keeps the limits, and what was tried before."""
     *_, low, high = (-1, *sorted(tried))
     while low >= 0 and high - low > step:
         count = (low + high) // 2
         tried[count] = measure(count)
-        if tried[count] > max_kl:
-            low = count
-        else:
+        if limits.keeps(tried[count]):
             high = count
+        else:
+            low = count
     return high
 
 
@@ -64,21 +116,22 @@ def _most(mix: Mix, max_bytes: int | None) -> int:
     return most
 
 
-def _next(mix: Mix, tried: Mapping[int, float], max_kl: float) -> int:
-    """Return the fewest groups that should keep the limit, on the line through the last two measured points."""
-    counts = sorted(tried)[-2:]
+def _next(mix: Mix, shares: Mapping[int, float]) -> int:
+    """Return the fewest groups that should keep the limits, on the line through the last two measured points."""
+    counts = sorted(shares)[-2:]
     high, low = mix.loss(counts[0]), mix.loss(counts[-1])
-    slope = (tried[counts[0]] - tried[counts[-1]]) / (high - low) if high > low else tried[counts[-1]] / max(low, 1e-30)
+    last = shares[counts[-1]]
+    slope = (shares[counts[0]] - last) / (high - low) if high > low else last / max(low, 1e-30)
     slope = max(slope, 1e-30)
-    wanted = low - (tried[counts[-1]] - MARGIN * max_kl) / slope
+    wanted = low - (last - MARGIN) / slope
     return next((count for count in range(len(mix.groups) + 1) if mix.loss(count) <= wanted), len(mix.groups))
 
 
-def _unreachable(mix: Mix, tried: Mapping[int, float], max_bytes: int | None, max_kl: float) -> QuantizeError:
-    best = min(tried, key=lambda count: tried[count])
-    within = "" if max_bytes is None else f" within {max_bytes} bytes"
+def _unreachable(mix: Mix, tried: Mapping[int, Worst], limits: Limits) -> QuantizeError:
+    best = min(tried, key=lambda count: limits.share(tried[count]))
+    within = "" if limits.max_bytes is None else f" within {limits.max_bytes} bytes"
     return QuantizeError(
-        f"the mean KL divergence cannot be kept at {max_kl:g}{within}: the best is {tried[best]:.4g} at "
-        f"{mix.bytes(best)} bytes, with {best} of {len(mix.groups)} groups of layers in 8 bits",
-        hint="allow more bytes or a larger KL divergence, give more samples (--calibrate), or use --quantize int8",
+        f"{limits} cannot be kept{within}: the best is {tried[best]} at {mix.bytes(best)} bytes, with {best} of "
+        f"{len(mix.groups)} groups of layers in 8 bits",
+        hint="allow more bytes or wider limits, give more samples (--calibrate), or use --quantize int8",
     )

@@ -65,6 +65,14 @@ def pack(codes: Codes, bits: int) -> Codes:
     return np.ascontiguousarray(codes[..., ::2] | (codes[..., 1::2] << 4))
 
 
+def unpack(packed: Codes, bits: int, count: int) -> Codes:
+    """Return codes uint8[..., count], one a byte, of what `pack` made of them."""
+    if bits == 8:
+        return packed
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+    return np.ascontiguousarray(codes[..., :count])
+
+
 def block_count(in_features: int, block_size: int) -> int:
     """Return how many blocks a row of `in_features` weights has."""
     return -(-in_features // block_size)

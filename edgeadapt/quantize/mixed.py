@@ -16,7 +16,8 @@ from edgeadapt.progress import SILENT, Progress
 from edgeadapt.quantize.blocks import stored_bytes
 from edgeadapt.quantize.plan import Choice, choose_schemes
 from edgeadapt.quantize.retie import retie
-from edgeadapt.quantize.scheme import Settings
+from edgeadapt.quantize.rounded import RoundedWeights
+from edgeadapt.quantize.scheme import Moments, Settings, moment_of
 from edgeadapt.quantize.schemes import int4
 from edgeadapt.quantize.weights import Weight, find_weights
 
@@ -69,8 +70,9 @@ def rank_groups(
     importance: Importance,
     *,
     keep: Mapping[str, str] | None = None,
-    moments: Mapping[str, NDArray[np.float32]] | None = None,
+    moments: Moments | None = None,
     block_size: int | None = None,
+    rounded: RoundedWeights | None = None,
     progress: Progress = SILENT,
 ) -> Mix:
     """Return the groups of linear layers that int4 would put in 4 bits, by falling loss for each byte of 8 bits.
@@ -81,6 +83,7 @@ def rank_groups(
         keep: exceptions, as for `quantize`; they are no group's.
         moments: as for `quantize`.
         block_size: as for `quantize`.
+        rounded: as for `quantize`.
         progress: told of each group.
 
     Raises:
@@ -96,7 +99,7 @@ def rank_groups(
     found = []
     with progress.stage("rank layers"):
         for done, members in enumerate(groups, start=1):
-            settings = [Settings(size, (moments or {}).get(weight.path), memory) for weight in members]
+            settings = [Settings(size, moment_of([weight], moments or {}), memory, rounded) for weight in members]
             found.append(
                 Group(
                     paths=tuple(weight.path for weight in members),
@@ -124,10 +127,10 @@ def _grouped(choices: Sequence[Choice]) -> list[list[Weight]]:
 def _loss(weight: Weight, settings: Settings, importance: NDArray[np.float32] | None) -> float:
     """Return 1/2 sum_i importance_i (E H E^T)_ii of the rounding error E float32[out, in]."""
     matrix = weight.matrix()
-    error = matrix - int4.rounded(matrix, settings).dequantize()
+    error = matrix - int4.rounded(weight, matrix, settings).dequantize()
     squares = np.square(error).sum(1) / matrix.shape[1]  # inputs of length 1 in no direction more than in others
     if settings.moment is not None:
-        squares = FITTED * squares + np.einsum("oi,oi->o", error @ settings.moment, error)
+        squares = FITTED * squares + np.einsum("oi,oi->o", error @ settings.moment(), error)
     weights = np.ones(len(matrix), np.float32) if importance is None else importance
     return float(0.5 * np.sum(weights.astype(np.float64) * squares))
 

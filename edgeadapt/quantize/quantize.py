@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from edgeadapt.errors import QuantizeError
 from edgeadapt.export.graph import Graph
@@ -20,10 +19,9 @@ from edgeadapt.quantize.plan import Choice, choose_schemes, load_scheme
 from edgeadapt.quantize.residual import Residual
 from edgeadapt.quantize.retie import retie
 from edgeadapt.quantize.rewrite import CONTRIB, drop_unused
-from edgeadapt.quantize.scheme import Settings, Stored
-from edgeadapt.quantize.weights import Weight, find_weights
-
-Moments = Mapping[str, NDArray[np.float32]]
+from edgeadapt.quantize.rounded import RoundedWeights
+from edgeadapt.quantize.scheme import Moments, Settings, Stored, moment_of
+from edgeadapt.quantize.weights import find_weights
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ def quantize(
     raised: Collection[str] = (),
     variants: Sequence[Variant] = (),
     residual: Residual | None = None,
+    rounded: RoundedWeights | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Graph, dict[str, Any]]:
     """Return `graph` with its weights stored as `scheme` says, and the record of what was done.
@@ -68,6 +67,7 @@ def quantize(
         raised: module paths that get 8 bits where the scheme would give them 4 (`quantize.mixed`).
         variants: adapters whose merged weights are to be rounded on the same grid; filled.
         residual: of what rounding leaves; filled.
+        rounded: weights in 4 bits from earlier calls with the same graph, moments and block size; filled.
         progress: told of each weight.
 
     Raises:
@@ -87,7 +87,7 @@ def quantize(
     choices = choose_schemes(weights, scheme, keep or {}, raised)
     _check_work(scheme, keep or {}, choices)
     with progress.stage(f"quantize to {scheme}"):
-        entries = _apply(choices, moments or {}, size, variants, residual, progress=progress)
+        entries = _apply(choices, moments or {}, size, variants, residual, rounded=rounded, progress=progress)
     for model in models.values():
         model.graph.opset_imports.setdefault(CONTRIB, 1)
     for variant in variants:
@@ -105,6 +105,7 @@ def _apply(
     variants: Sequence[Variant],
     residual: Residual | None,
     *,
+    rounded: RoundedWeights | None,
     progress: Progress,
 ) -> list[_Entry]:
     """Rewrite every constant once for each scheme that its uses have, in the order of the nodes."""
@@ -118,10 +119,10 @@ def _apply(
         order.setdefault(id(choice.weight.initializer), len(order))
     groups = [list(group) for _, group in groupby(sorted(choices, key=one_constant), key=one_constant)]
     entries = []
-    memory: dict[str, Any] = {}
+    settings = Settings(block_size, rounded=rounded)
     seen: set[int] = set()
     for done, group in enumerate(groups, start=1):
-        entries.append(_apply_group(group, moments, block_size, memory, seen, variants=variants, residual=residual))
+        entries.append(_apply_group(group, moments, settings, seen, variants=variants, residual=residual))
         progress.advance(done, len(groups))
     return entries
 
@@ -129,8 +130,7 @@ def _apply(
 def _apply_group(
     group: Sequence[Choice],
     moments: Moments,
-    block_size: int,
-    memory: dict[str, Any],
+    settings: Settings,
     seen: set[int],
     *,
     variants: Sequence[Variant],
@@ -142,9 +142,9 @@ def _apply_group(
     bytes_before = 0 if id(first.initializer) in seen else int(first.tensor.nbytes)
     seen.add(id(first.initializer))
     elements = first.elements
-    moment = _moment(uses, moments)
+    moment = moment_of(uses, moments)
     try:
-        stored = load_scheme(scheme).apply(uses, Settings(block_size, moment, memory))
+        stored = load_scheme(scheme).apply(uses, replace(settings, moment=moment))
     except np.linalg.LinAlgError as error:
         raise QuantizeError(
             f"the calibration moments of {first.path} are no second moments: {error}",
@@ -182,25 +182,6 @@ def _check_work(scheme: str, keep: Mapping[str, str], choices: Sequence[Choice])
             else ("the graph holds no weights of linear layers, embeddings or convolutions")
         )
         raise QuantizeError(f"nothing to quantize to {scheme!r}: {found}", hint="export with --quantize none")
-
-
-def _moment(uses: Sequence[Weight], moments: Moments) -> NDArray[np.float32] | None:
-    """Return the moments of a matrix's input, or None.
-
-    Raises:
-        QuantizeError: if they are damaged or of the wrong shape.
-    """
-    use = next((use for use in uses if use.kind == "linear" and use.path in moments), None)
-    if use is None:
-        return None
-    moment = moments[use.path]
-    width = use.shape[0 if use.transposed else 1]
-    if moment.shape == (width, width) and np.isfinite(moment).all():
-        return moment
-    wrong = "hold NaN or infinity"
-    if moment.shape != (width, width):
-        wrong = f"have the shape {list(moment.shape)}, expected {[width, width]}"
-    raise QuantizeError(f"the calibration moments of {use.path} {wrong}", hint="collect them from this base in float32")
 
 
 def _record(scheme: str, block_size: int, entries: Sequence[_Entry]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ An adapter's slot takes it at no further node: A = E^T U, B = U^T, appended alon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,12 +33,12 @@ class Residual:
     paths: frozenset[str]
     found: dict[str, tuple[Float, Float]] = field(default_factory=dict)
 
-    def take(self, uses: Sequence[Weight], stored: Stored, moment: Float | None) -> None:
+    def take(self, uses: Sequence[Weight], stored: Stored, moment: Callable[[], Float] | None) -> None:
         """Take what was left of one constant that was just stored."""
         wanted = sorted({use.path for use in uses} & self.paths)
         if stored.error is None or not wanted:
             return
-        pair = low_rank(stored.error(), moment, self.rank)
+        pair = low_rank(stored.error(), None if moment is None else moment(), self.rank)
         self.found |= dict.fromkeys(wanted, pair)
 
 

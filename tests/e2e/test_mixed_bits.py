@@ -54,7 +54,7 @@ def test_limits_that_cannot_be_kept_leave_nothing(
     assert hint.startswith("hint: allow at least ")
     result = invoke("export", *model.adapters, *flags, "--max-kl", "0")
     assert result.exit_code == 1
-    assert "error: the mean KL divergence cannot be kept at 0: the best is " in result.stderr
+    assert "error: a mean KL divergence of at most 0 cannot be kept: the best is " in result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -74,3 +74,12 @@ def test_samples_that_are_an_adapters_own(
     assert json.loads(result.stdout)["quantization"]["calibrated"] > 0
     rows = {row["adapter"]: row["positions"] for row in open_bundle(out).manifest.quality}
     assert rows == {None: 6, "adapter0": 3, "adapter1": 3}
+
+
+def test_a_share_of_equal_answers_is_kept_by_raising_layers(exported: Exported) -> None:
+    rows = {scheme: open_bundle(exported("llama", quantize=scheme)).manifest.quality for scheme in ("int4", "int8")}
+    worst, best = (min(row["top1"] for row in rows[scheme]) for scheme in ("int4", "int8"))
+    assert worst < best
+    manifest = open_bundle(exported("llama", quantize="int4", min_top1=best)).manifest
+    assert min(row["top1"] for row in manifest.quality) >= best
+    assert any(entry["reason"] == "raised to 8 bits" for entry in manifest.quantization["kept"])

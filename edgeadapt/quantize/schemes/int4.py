@@ -6,7 +6,7 @@ texts the rounding errors are made to cancel (see `quantize.gptq`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def refuses(weight: Weight) -> str | None:
 def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     """Store the matrix in 4 bits, with error feedback where calibration moments are at hand."""
     matrix = uses[0].matrix()
-    blocks = rounded(matrix, settings)
+    blocks = rounded(uses[0], matrix, settings)
     stored = use_blocks(uses, blocks)
     return Stored(
         stored.bytes,
@@ -57,16 +57,22 @@ def apply(uses: Sequence[Weight], settings: Settings) -> Stored:
     )
 
 
-def rounded(matrix: NDArray[np.float32], settings: Settings) -> Blocks:
-    """Return `matrix` float32[out, in] in 4 bits, with error feedback where there are moments."""
-    if settings.moment is None:
-        return round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
-    return round_with_feedback(matrix, _inverse(settings.moment, settings.memory), 4, settings.block_size)
+def rounded(weight: Weight, matrix: NDArray[np.float32], settings: Settings) -> Blocks:
+    """Return a weight, `matrix` float32[out, in], in 4 bits, with error feedback where there are moments."""
+
+    def make() -> Blocks:
+        if settings.moment is None:
+            return round_to_nearest(matrix, 4, settings.block_size, symmetric=False, search=True)
+        return round_with_feedback(matrix, _inverse(settings.moment(), settings.memory), 4, settings.block_size)
+
+    if settings.rounded is None:
+        return make()
+    return settings.rounded.of(weight, make)
 
 
-def _again(matrix: NDArray[np.float32], blocks: Blocks, moment: NDArray[np.float32] | None) -> Blocks:
+def _again(matrix: NDArray[np.float32], blocks: Blocks, moment: Callable[[], NDArray[np.float32]] | None) -> Blocks:
     """Return another matrix on the same scales: nearest, or with moments as few codes changed as the error allows."""
-    return round_on_grid(matrix, blocks) if moment is None else descend(matrix, blocks, moment)
+    return round_on_grid(matrix, blocks) if moment is None else descend(matrix, blocks, moment())
 
 
 def _inverse(moment: NDArray[np.float32], memory: dict[str, Any]) -> Inverse:
