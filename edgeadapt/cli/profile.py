@@ -51,6 +51,14 @@ def profile(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written after the first length.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Answers written; ten times as many single passes.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
+    models: Annotated[
+        Path | None,
+        typer.Option(
+            "--models",
+            metavar="FOLDER",
+            help="Keep the models that are made for the runtime here, and take them from here next time.",
+        ),
+    ] = None,
     operators: Annotated[bool, typer.Option("--operators", help="Time each operator too.")] = False,
     attempts: Annotated[int, typer.Option(min=1, help="Tries while other work disturbs the timing.")] = 2,
     timeout: Annotated[
@@ -100,6 +108,7 @@ def profile(
             repeats=repeats,
             batch_size=batch_size,
             runtime=runtime,
+            models=models,
             operators=operators,
             attempts=attempts,
             timeout_s=timeout,

@@ -76,7 +76,7 @@ class _Tensors:
         names = {}
         for name, value in arrays.items():
             key = f"{len(self.arrays)}:{name}"
-            self.arrays[key] = np.ascontiguousarray(value)
+            self.arrays[key] = np.asarray(value, order="C")  # ascontiguousarray makes a scalar one of one axis
             names[name] = key
         return names
 

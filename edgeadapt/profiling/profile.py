@@ -19,6 +19,7 @@ from edgeadapt.profiling import launch
 from edgeadapt.profiling.assemble import assemble, attempt_of, noise_score
 from edgeadapt.profiling.figures import Attempt, Profile
 from edgeadapt.profiling.job import Shapes, write_job
+from edgeadapt.profiling.kept_models import check_converts, converts, prepared_models
 from edgeadapt.profiling.transports import Invitation, Transport, connect
 from edgeadapt.profiling.workload import Workload
 from edgeadapt.progress import SILENT, Progress
@@ -39,6 +40,7 @@ def profile(
     repeats: int = 5,
     batch_size: int = 1,
     runtime: str | None = None,
+    models: Path | None = None,
     operators: bool = False,
     attempts: int = 2,
     timeout_s: float | None = None,
@@ -59,6 +61,8 @@ def profile(
         repeats: how many answers are written; a single pass is run ten times as often.
         batch_size: rows at once.
         runtime: one of edgeadapt/profiling/runtimes, None for the device's own.
+        models: a folder where the models that are made for the runtime are kept, and from which they are taken if they
+            are there: see `kept_models`. None keeps none.
         operators: time each operator too, in a process of its own.
         attempts: how often the timed figures are tried while other work disturbs them; the quietest try is reported.
         timeout_s: how long each process may take, None for as long as it needs.
@@ -67,7 +71,8 @@ def profile(
 
     Raises:
         ProfileError: if the device or the runtime cannot be used, an argument is out of range, or nothing could be
-            timed. What fails after that is in the profile's `failures`.
+            timed; if `models` holds others, or nothing is made for the runtime. What fails after that is in the
+            profile's `failures`.
         BundleError: if it is no bundle, or has no such adapter.
         RecipeError: if there is no such device.
     """
@@ -80,6 +85,7 @@ def profile(
         adapter=adapter,
         threads=threads,
         runtime=runtime,
+        models=models,
         timeout_s=timeout_s,
         announce=announce,
         progress=progress,
@@ -99,6 +105,7 @@ def prepared(
     timeout_s: float | None,
     announce: Callable[[Invitation], None] | None,
     progress: Progress,
+    models: Path | None = None,
 ) -> Iterator[Prepared]:
     """Give a bundle that lies on a device, ready to be measured as often as is wanted; arguments as for `profile`.
 
@@ -111,11 +118,13 @@ def prepared(
     opened = open_bundle(bundle)
     check_count("threads", 1 if threads is None else threads)
     active, tax_adapter = _adapters(opened, adapter)
+    if models is not None:
+        check_converts(module)
     with connect(chosen) as transport, tempfile.TemporaryDirectory(prefix="edgeadapt-") as folder:
         transport.announce = announce
         measured = replace(chosen, threads=threads or chosen.threads)
         job = _Job(workload, active, tax_adapter)
-        run = Prepared(opened, measured, name, module, transport, Path(folder), timeout_s, job)
+        run = Prepared(opened, measured, name, module, transport, Path(folder), timeout_s, job, models)
         with progress.stage("prepare the models"):
             run.prepare()
         yield run
@@ -164,18 +173,19 @@ class Prepared:
     folder: Path
     timeout_s: float | None
     job: _Job
+    models: Path | None
 
     def prepare(self) -> None:
         """Make what the runtime opens, and send it."""
-        self._ask = self._prepared(self.module, self.folder / "job")
+        self._ask = self._prepared(self.module, self.folder / "job", self.models)
 
-    def _prepared(self, module: ModuleType, folder: Path) -> Callable[[str], dict[str, Any]]:
+    def _prepared(self, module: ModuleType, folder: Path, kept: Path | None) -> Callable[[str], dict[str, Any]]:
         """Return what runs one measurement by its name."""
         folder.mkdir()
         work = self.job.workload
         longest = max(work.prompt_tokens)
         shapes = Shapes(work.batch_size, longest, longest + work.new_tokens, work.prompt_tokens)
-        models = module.prepare(self.bundle, self.device, folder, shapes)
+        models = prepared_models(module, self.bundle, self.device, folder, shapes, kept=kept)
         write_job(
             folder,
             self.bundle,
@@ -203,7 +213,8 @@ class Prepared:
         name = getattr(self.module, "OPERATORS", None)
         if name is None:
             return self._ask("operators")
-        return self._prepared(registry.load(RUNTIMES, name, ProfileError), self.folder / "operators")("operators")
+        module = registry.load(RUNTIMES, name, ProfileError)
+        return self._prepared(module, self.folder / "operators", None)("operators")
 
     def measure(
         self, *, operators: bool, attempts: int, progress: Progress, beside: Sequence[str] | None = None
@@ -249,7 +260,7 @@ class Prepared:
             adapter=self.job.active,
             emulated=self.transport.emulated,
             attempts=tries,
-            models=models if getattr(self.module, "CONVERTS", False) else None,
+            models=models if converts(self.module) else None,
             failures=tuple(failures),
         )
 

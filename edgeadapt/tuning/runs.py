@@ -16,8 +16,6 @@ from edgeadapt.progress import SILENT, Progress
 from edgeadapt.tuning.candidates import Candidate
 from edgeadapt.tuning.choose import Trial
 
-Ready = Callable[..., AbstractContextManager[Prepared]]
-
 
 @dataclass(frozen=True)
 class Run:
@@ -32,6 +30,9 @@ class Run:
     def label(self) -> str:
         """What tells it from other runs."""
         return Trial(self.candidate.label, self.runtime, self.threads, {}).label
+
+
+Ready = Callable[[Run], AbstractContextManager[Prepared]]
 
 
 @dataclass
@@ -66,7 +67,7 @@ def measured(runs: Sequence[Run], ready: Ready, rounds: int, progress: Progress)
 
     Args:
         runs: what is measured.
-        ready: gives a bundle on the device; takes its path, `threads` and `runtime`.
+        ready: gives a run's bundle on the device.
         rounds: how often.
         progress: is told what goes on, and what fails.
     """
@@ -86,7 +87,7 @@ def _measure(each: Found, ready: Ready, progress: Progress) -> None:
     run = each.run
     beside = () if each.profiles else ("memory",)
     try:
-        with progress.stage(run.label), ready(run.bundle, threads=run.threads, runtime=run.runtime) as device:
+        with progress.stage(run.label), ready(run) as device:
             profile = device.measure(operators=False, attempts=1, progress=SILENT, beside=beside)
     except EdgeAdaptError as error:
         each.failure = error.message

@@ -6,9 +6,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from edgeadapt.files import canonical_json, staged_directory, write_atomically
 from edgeadapt.profiling.budget import check_budgets
 from edgeadapt.profiling.catalogue import FIGURES
 from edgeadapt.profiling.figures import Profile
-from edgeadapt.profiling.profile import check_count, check_device, prepared, read_workload
+from edgeadapt.profiling.kept_models import converts
+from edgeadapt.profiling.profile import Prepared, check_count, check_device, prepared, read_workload
 from edgeadapt.profiling.stored import write_profile
 from edgeadapt.profiling.workload import Workload
 from edgeadapt.progress import SILENT, Progress
@@ -33,7 +33,7 @@ from edgeadapt.tuning.runs import Run, measured
 SCHEMA = "edgeadapt.tuning/1"
 OBJECTIVES = ("latency_p50_s", "mean_kl", "peak_resident_bytes")
 RESULT = "tuning.json"
-_OWN = (RESULT, "bundles", "device.toml", "profiles", "recipe.toml")
+_OWN = (RESULT, "bundles", "device.toml", "models", "profiles", "recipe.toml")
 """What is written beside the pick."""
 
 
@@ -122,27 +122,35 @@ def tune(
         raise ProfileError("there is no objective", hint=f"give some of {', '.join(FIGURES)}")
     check_count("rounds", rounds)
     target = read_device(device) if isinstance(device, str) else device
-    for runtime in runtimes or (None,):
-        check_device(target, runtime)
+    converting = {runtime for runtime in runtimes or (target.runtime,) if converts(check_device(target, runtime)[2])}
     workload = read_workload(prompt_tokens, new_tokens, repeats, 1)
     with _folder(output, force) as folder:
         wanted, active = _wanted(bundles, recipe, tries or {}, adapter)
         exports = Exports(folder / "bundles", progress)
+        there = exports.bundles(wanted)
+        places = [bundle for _, bundle in there]
         runs = [
             Run(candidate, bundle, runtime, count)
-            for candidate, bundle in exports.bundles(wanted)
+            for candidate, bundle in there
             for runtime in runtimes or (target.runtime,)
             for count in _threads(threads, target)
         ]
-        ready = partial(
-            prepared,
-            workload=workload,
-            device=target,
-            adapter=active,
-            timeout_s=timeout_s,
-            announce=None,
-            progress=SILENT,
-        )
+
+        def ready(run: Run) -> AbstractContextManager[Prepared]:
+            kept = folder / "models" / f"{places.index(run.bundle)}-{run.runtime}"
+            return prepared(
+                run.bundle,
+                workload,
+                device=target,
+                adapter=active,
+                threads=run.threads,
+                runtime=run.runtime,
+                models=kept if run.runtime in converting else None,
+                timeout_s=timeout_s,
+                announce=None,
+                progress=SILENT,
+            )
+
         found = measured(runs, ready, rounds, progress)
         trials = judged([*exports.failed, *(each.trial() for each in found)], objectives, limits)
         if all(trial.failure is not None for trial in trials):
@@ -257,5 +265,6 @@ def _keep(folder: Path, result: Tuning, run: Run | None) -> None:
         if result.recipe is not None:
             write_atomically(folder / "recipe.toml", result.recipe.encode())
             run.bundle.rename(folder / run.bundle.name)
-    if (folder / "bundles").exists():
-        shutil.rmtree(folder / "bundles")
+    for name in ("bundles", "models"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)

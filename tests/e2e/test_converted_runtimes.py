@@ -109,14 +109,35 @@ def test_torch_answers_like_the_bundle(exported: Exported, model: str, scheme: s
     assert found.gpu_latency_p50_s is None  # of the CPU there is no such clock
 
 
-def _measured(bundle: Path, runtime: str) -> Profile:
-    return profile(bundle, runtime=runtime, threads=1, prompt_tokens=6, new_tokens=3, repeats=1, attempts=1)
+def _measured(bundle: Path, runtime: str, models: Path | None = None) -> Profile:
+    small: dict[str, Any] = {"threads": 1, "prompt_tokens": 6, "new_tokens": 3, "repeats": 1, "attempts": 1}
+    return profile(bundle, runtime=runtime, models=models, **small)
 
 
 @pytest.mark.parametrize(("runtime", "model", "scheme", "tolerance"), CASES)
-def test_answers_like_the_bundle(exported: Exported, runtime: str, model: str, scheme: str, tolerance: float) -> None:
+def test_answers_like_the_bundle_and_is_converted_once(
+    exported: Exported,
+    runtime: str,
+    model: str,
+    scheme: str,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
     _need(MEASURED[runtime])
-    _check_answers(_measured(exported(model, quantize=scheme), runtime), tolerance)
+    bundle, kept = exported(model, quantize=scheme), tmp_path / "models"
+    first = _measured(bundle, runtime, kept)
+    _check_answers(first, tolerance)
+
+    def never(*_: Any) -> None:
+        raise AssertionError("it was converted again")
+
+    monkeypatch.setattr({"litert": litert, "executorch": executorch}[runtime], "prepare", never)
+    again = _measured(bundle, runtime, kept)
+    assert {check.adapter: check.relative_error for check in again.checks} == {
+        check.adapter: check.relative_error for check in first.checks
+    }
+    assert (again.sizes, again.failures) == (first.sizes, ())
 
 
 def _check_answers(found: Profile, tolerance: float) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from edgeadapt.bundle import open_bundle
+from edgeadapt.bundle import Bundle, open_bundle
 from edgeadapt.device import read_device
+from edgeadapt.profiling.runtimes import ort_mobile
 from edgeadapt.profiling.stored import read_profile
 from edgeadapt.tuning.candidates import recipe_toml
 from tests.e2e.conftest import Exported, Invoke, Tiny, content
@@ -124,3 +125,23 @@ def test_bad_input_leaves_nothing(
             assert found.exit_code == 1, found.stderr
             assert message in found.stderr
             assert not list(tmp_path.glob("*tuned*"))
+
+
+def test_a_bundle_is_converted_once_for_all_threads_and_rounds(
+    invoke: Invoke, exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bundles, out, made = [exported("bert", quantize=scheme) for scheme in ("int8", "none")], tmp_path / "tuned", []
+    own = ort_mobile.prepare
+
+    def counted(bundle: Bundle, *rest: Any) -> Any:
+        made.append(bundle.path)
+        return own(bundle, *rest)
+
+    monkeypatch.setattr(ort_mobile, "prepare", counted)
+    runtimes = ("--runtime", "ort-mobile", "--runtime", "session", "--threads", 2)
+    found = invoke("tune", *bundles, "--device", "cpu", *runtimes, *SMALL, "-o", out, "--json")
+    assert found.exit_code == 0, found.stderr
+    trials = json.loads(found.stdout)["trials"]
+    assert [trial["failure"] for trial in trials] == [None] * 8
+    assert sorted(made) == sorted(bundles)
+    assert {path.name for path in out.iterdir()} == {"device.toml", "profiles", "tuning.json"}

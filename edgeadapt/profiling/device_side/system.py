@@ -198,6 +198,7 @@ def forget_file_cache(files: list[Path]) -> bool:
         return False
     for path in files:
         with path.open("rb") as file:
+            os.fsync(file.fileno())  # what was written just now and is nowhere else is not dropped
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return True
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgeadapt.bundle import Bundle
 from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
+from edgeadapt.fields import to_mapping
 from edgeadapt.profiling.job import Models, Shapes, check_plain
 from edgeadapt.profiling.workload import Workload, example_inputs
 from edgeadapt.runtime import open_session
@@ -83,6 +84,10 @@ class Runtime:
                 hint=f"{self.install}; or let {self.variable} name a Python that has " + " and ".join(self.modules),
             )
         return python
+
+    def made_for(self, device: Device, shapes: Shapes) -> dict[str, Any]:  # noqa: ARG002 - the same for all devices
+        """Return what the models depend on: their shapes."""
+        return {"shapes": to_mapping(shapes)}
 
     def prepare(self, bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:
         """Convert a bundle into `folder/model` and return what was made.

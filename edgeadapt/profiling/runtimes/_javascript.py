@@ -28,7 +28,7 @@ def write_graphs(bundle: Bundle, folder: Path) -> tuple[dict[str, str], dict[str
     files, defaults = required_graphs(bundle, folder)
     if not defaults:
         return files, {}
-    save_file({name: np.ascontiguousarray(value) for name, value in defaults.items()}, folder / _DEFAULTS)
+    save_file({name: np.asarray(value, order="C") for name, value in defaults.items()}, folder / _DEFAULTS)
     return files, {"defaults": _DEFAULTS}
 
 

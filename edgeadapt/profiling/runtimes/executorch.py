@@ -6,11 +6,11 @@ from edgeadapt.profiling.runtimes import _convert
 
 ENGINE = "executorch"
 INSTALL = "on the device: pip install torch==2.13.0 and then executorch"
-CONVERTS = True
 RUNTIME = _convert.Runtime(
     "executorch",
     ("executorch", "onnx"),
     "pip install 'edgeadapt[executorch]', or scripts/install-runtime executorch",
     programs=True,
 )
-require, interpreter, prepare = RUNTIME.require, RUNTIME.interpreter, RUNTIME.prepare
+require, interpreter = RUNTIME.require, RUNTIME.interpreter
+prepare, made_for = RUNTIME.prepare, RUNTIME.made_for

@@ -6,8 +6,8 @@ from edgeadapt.profiling.runtimes import _convert
 
 ENGINE = "litert"
 INSTALL = "on the device: pip install ai-edge-litert numpy"
-CONVERTS = True
 RUNTIME = _convert.Runtime(
     "litert", ("litert_torch", "onnx"), "pip install 'edgeadapt[litert]', or scripts/install-runtime litert"
 )
-require, interpreter, prepare = RUNTIME.require, RUNTIME.interpreter, RUNTIME.prepare
+require, interpreter = RUNTIME.require, RUNTIME.interpreter
+prepare, made_for = RUNTIME.prepare, RUNTIME.made_for

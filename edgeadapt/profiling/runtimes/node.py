@@ -45,6 +45,11 @@ def require(device: Device) -> None:
     find_package(PACKAGE)
 
 
+def made_for(device: Device, shapes: Shapes) -> dict[str, Any]:  # noqa: ARG001 - any shape is taken
+    """Return what the graphs depend on: nothing but the bundle."""
+    return {}
+
+
 def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:  # noqa: ARG001 - any shape is taken
     """Write the graphs as this API opens them."""
     files, options = write_graphs(bundle, folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from edgeadapt.bundle import Bundle
 from edgeadapt.device import Device
@@ -17,7 +18,6 @@ INSTALL = (
     "pip install 'edgeadapt[openvino]', or scripts/install-runtime openvino; on another machine: "
     "pip install openvino numpy"
 )
-CONVERTS = True
 VARIABLE = "EDGEADAPT_OPENVINO_PYTHON"
 
 
@@ -41,6 +41,11 @@ def require(device: Device) -> None:
 def interpreter() -> str | None:
     """Return the Python that runs it on this machine, if its variable names one."""
     return os.environ.get(VARIABLE)
+
+
+def made_for(device: Device, shapes: Shapes) -> dict[str, Any]:  # noqa: ARG001 - any shape is taken
+    """Return what the graphs depend on: nothing but the bundle."""
+    return {}
 
 
 def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:  # noqa: ARG001 - any shape is taken

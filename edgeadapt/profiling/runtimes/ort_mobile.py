@@ -9,6 +9,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from edgeadapt.bundle import Bundle
 from edgeadapt.device import Device
@@ -19,7 +20,6 @@ from edgeadapt.profiling.runtimes.onnxruntime import graphs_of
 
 ENGINE = "onnxruntime"
 INSTALL = onnxruntime.INSTALL
-CONVERTS = True
 
 CONFIG = "required_operators_and_types.config"
 USABILITY = "usability.txt"
@@ -47,6 +47,11 @@ def require(device: Device) -> None:
                 f"{package} is not installed, which converts graphs to .ort format here",
                 hint="pip install 'edgeadapt[export]'",
             )
+
+
+def made_for(device: Device, shapes: Shapes) -> dict[str, Any]:  # noqa: ARG001 - any shape is taken
+    """Return what the graphs depend on: options of their conversion."""
+    return {"conversion": list(_options(device))}
 
 
 def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:  # noqa: ARG001 - any shape is taken

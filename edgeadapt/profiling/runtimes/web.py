@@ -51,6 +51,11 @@ def require(device: Device) -> None:
     runtime_files(device.provider)
 
 
+def made_for(device: Device, shapes: Shapes) -> dict[str, Any]:  # noqa: ARG001 - any shape is taken
+    """Return what the graphs depend on: which kernels the provider has."""
+    return {"provider": device.provider}
+
+
 def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Models:  # noqa: ARG001 - any shape is taken
     """Write the graphs as a browser opens them."""
     files, options = write_graphs(bundle, folder)

@@ -298,3 +298,44 @@ def test_a_gap_is_relative_to_the_largest_expected_value(got, same):
         runner._gap([(np.asarray([[np.nan, 1.0]]), wanted)])
     with pytest.raises(ValueError, match="the runtime gave"):
         runner._gap([(wanted[:, :1], wanted)])
+
+
+def written(path, size):
+    path.write_bytes(os.urandom(size))
+    return path
+
+
+def fetched_for(path):
+    before = system.bytes_read_from_storage()
+    path.read_bytes()
+    return system.bytes_read_from_storage() - before
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Return a folder on a disk from which bytes have to be fetched again."""
+    path = written(tmp_path / "synced", 1 << 20)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    if not system.forget_file_cache([path]) or fetched_for(path) < 1 << 20:
+        pytest.skip("files lie in memory here")
+    return tmp_path
+
+
+def test_a_file_that_was_written_just_now_is_forgotten(disk):
+    path = written(disk / "new", 1 << 20)
+    assert system.forget_file_cache([path])
+    assert fetched_for(path) >= 1 << 20
+
+
+@pytest.mark.parametrize(("active", "measured"), [(None, True), ("sql", False)])
+def test_a_cold_load_is_one_of_all_files_that_are_opened(disk, active, measured, monkeypatch):
+    (disk / "model").mkdir()
+    files = {form: written(disk / "model" / form, size) for form, size in (("plain", 1 << 20), ("slots", 3 << 20))}
+    monkeypatch.chdir(disk)
+    engine = SimpleNamespace(open=files["plain"].read_bytes, use=lambda _: None)
+    job = {"options": {}, "active": active, "models": {form: f"model/{form}" for form in files}}
+    found = {"notes": []}
+    runner.measure_cold(engine, job, {}, found)
+    assert (found["cold_load_time_s"] is not None) is measured
+    assert (found["notes"] == []) is measured

@@ -147,7 +147,7 @@ class FedAdapters(FixedShapes):
             return
         if adapter not in self._resident:
             names = self._job["adapters"][adapter]
-            self._resident[adapter] = {name: np.ascontiguousarray(self._tensors[key]) for name, key in names.items()}
+            self._resident[adapter] = {name: np.asarray(self._tensors[key], order="C") for name, key in names.items()}
         self._choose("slots", self._resident[adapter])
 
     def idle(self) -> None:
@@ -157,7 +157,7 @@ class FedAdapters(FixedShapes):
             return
         if None not in self._resident:
             with np.load(self._folder / self._job["options"]["defaults"]) as arrays:
-                self._resident[None] = {name: np.ascontiguousarray(arrays[name]) for name in arrays.files}
+                self._resident[None] = {name: np.asarray(arrays[name], order="C") for name in arrays.files}
         self._choose("slots", self._resident[None])
 
     def close(self) -> None:

@@ -96,7 +96,7 @@ class Engine:
         """Run a single pass."""
         request = self._opened(self._graph)[0]
         for name, value in inputs.items():
-            request.set(name, ov.Tensor(np.ascontiguousarray(value)))
+            request.set(name, ov.Tensor(np.asarray(value, order="C")))
         request.run()
         return {name: request.get(name).data.copy() for name in self._job["answers"] if name in request.outputs}
 
