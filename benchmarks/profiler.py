@@ -2,6 +2,7 @@
 
     python benchmarks/profiler.py BUNDLE...              with nothing else running
     python benchmarks/profiler.py BUNDLE... --ways web,node      these anew, the others as they were
+    python benchmarks/profiler.py BUNDLE... --models FOLDER      converted models are kept there: convert, then measure
 
 Each row is one call of the command. The first way is called five times, in turns with a program that runs the same
 model without the profiler: how far p50 moves from call to call, and what measuring adds. ssh goes to a real server on
@@ -51,6 +52,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "adb": (),
     "arm64-emulated": ("--device", "arm64-emulated"),
 }
+CONVERTED = ("ort-mobile", "openvino", "litert", "executorch")
 
 
 def main() -> None:
@@ -58,14 +60,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
     parser.add_argument("--ways", default=",".join(WAYS), help=f"of {','.join(WAYS)}")
+    parser.add_argument("--models", type=Path, help="a folder for converted models")
     parser.add_argument("--page", action="store_true", help="write the page again, measure nothing")
     args = parser.parse_args()
     if not args.page:
+        found = {path.name: _bundle(path, args.ways.split(","), args.models) for path in args.bundles}
         result = {
             "schema": "edgeadapt.benchmark/1",
             "date": dt.datetime.now(dt.UTC).date().isoformat(),
             "host": describe_host(),
-            "bundles": _former() | {path.name: _bundle(path, args.ways.split(",")) for path in args.bundles},
+            "bundles": _former() | found,
         }
         RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
@@ -80,7 +84,7 @@ def _former() -> dict[str, Any]:
     return same
 
 
-def _bundle(path: Path, ways: Sequence[str]) -> dict[str, Any]:
+def _bundle(path: Path, ways: Sequence[str], models: Path | None) -> dict[str, Any]:
     found = _former().get(path.name, {"ways": {}})
     if "cpu" in ways:
         found["ways"]["cpu"], found["calls"], found["bare_p50_s"] = _turns(path)
@@ -88,7 +92,8 @@ def _bundle(path: Path, ways: Sequence[str]) -> dict[str, Any]:
         if way != "cpu":
             print(f"{path.name}: {way}", file=sys.stderr)
             with _reached(way) as arguments:
-                found["ways"][way] = _profile(path, arguments)
+                kept = () if models is None or way not in CONVERTED else ("--models", f"{models}/{path.name}-{way}")
+                found["ways"][way] = _profile(path, (*arguments, *kept))
     found["ways"] = {way: found["ways"][way] for way in WAYS if way in found["ways"]}
     return found
 
