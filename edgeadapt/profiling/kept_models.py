@@ -11,6 +11,7 @@ reports/...            what a converter told
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from edgeadapt.bundle import Bundle
 from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
 from edgeadapt.fields import from_mapping, to_mapping
-from edgeadapt.files import canonical_json, parse_json, read_bytes, require_free_space, sha256_file, staged_directory
+from edgeadapt.files import parse_json, read_bytes, require_free_space, sha256_file, staged_directory
 from edgeadapt.profiling.job import Models, Shapes
 from edgeadapt.profiling.transports._folder import link_or_copy
 
@@ -139,7 +140,8 @@ def _keep(staged: Path, models: Models, origin: Mapping[str, Any], folder: Path)
         notes=models.notes,
         sha256={name: sha256_file(path) for name, path in _files(staged).items()},
     )
-    (staged / RECORD).write_bytes(canonical_json(to_mapping(record)))
+    # unsorted: an engine may read an order of inputs off its options
+    (staged / RECORD).write_text(json.dumps(to_mapping(record), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _taken(kept: Path, origin: Mapping[str, Any], device: Device, folder: Path) -> Models:

@@ -146,13 +146,16 @@ def test_inputs_of_adapters_are_kept_too(decoder, tmp_path):
     def prepare(_bundle, device, folder, _shapes):
         (folder / "model").mkdir()
         (folder / "model" / "m").write_bytes(b"m")
-        return Models({"plain": "model/m"}, {"threads": device.threads, "shapes": {"a": [1, 2]}}, adapters, defaults)
+        return Models(
+            {"plain": "model/m"}, {"threads": device.threads, "shapes": {"n": [], "a": [1, 2]}}, adapters, defaults
+        )
 
     module.prepare, module.made_for = prepare, lambda _device, shapes: {"longest": shapes.total_tokens}
     put(module, decoder, tmp_path / "one", tmp_path / "models")
     module.prepare = never
     found = put(module, decoder, tmp_path / "two", tmp_path / "models")
-    assert found.options == {"threads": 1, "shapes": {"a": [1, 2]}}
+    assert found.options == {"threads": 1, "shapes": {"n": [], "a": [1, 2]}}
+    assert list(found.options["shapes"]) == ["n", "a"]  # the order in which they are fed
     for name, arrays in adapters.items():
         np.testing.assert_array_equal(found.adapters[name]["a"], arrays["a"])
     np.testing.assert_array_equal(found.defaults["a"], defaults["a"])
