@@ -48,7 +48,8 @@ class Record:
     schema: `SCHEMA`
     origin: the bundle, the runtime, and what else the models depend on
     files, options, notes: see `job.Models`
-    adapters: names of those with a file of inputs, None where the bundle's own are fed
+    adapters: names of those that are fed what is kept here, nothing where there is no file; None where the bundle's own
+        tensors are fed
     sha256: digests of all other files, by their paths
     """
 
@@ -129,8 +130,7 @@ def _keep(staged: Path, models: Models, origin: Mapping[str, Any], folder: Path)
         shutil.copytree(path, staged / path.name)  # no links: the user may do with them as they like
     for name, arrays in (models.adapters or {}).items():
         _save(arrays, staged / _adapter_file(name))
-    if models.defaults is not None:
-        _save(models.defaults, staged / _DEFAULTS)
+    _save(models.defaults or {}, staged / _DEFAULTS)
     record = Record(
         schema=SCHEMA,
         origin=origin,
@@ -167,8 +167,8 @@ def _taken(kept: Path, origin: Mapping[str, Any], device: Device, folder: Path) 
     return Models(
         files=record.files,
         options={**record.options, _OF_THE_DEVICE: device.threads},
-        adapters=None if adapters is None else {name: load_file(there[_adapter_file(name)]) for name in adapters},
-        defaults=load_file(there[_DEFAULTS]) if _DEFAULTS in there else None,
+        adapters=None if adapters is None else {name: _load(there.get(_adapter_file(name))) for name in adapters},
+        defaults=_load(there.get(_DEFAULTS)),
         notes=record.notes,
     )
 
@@ -186,6 +186,12 @@ def _adapter_file(name: str) -> str:
     return f"adapters/{name}.safetensors"
 
 
+def _load(path: Path | None) -> dict[str, Array]:
+    return {} if path is None else load_file(path)
+
+
 def _save(arrays: Mapping[str, Array], path: Path) -> None:
+    if not arrays:
+        return
     path.parent.mkdir(exist_ok=True)
     save_file({name: np.asarray(value, order="C") for name, value in arrays.items()}, path)

@@ -67,7 +67,7 @@ def test_they_are_made_once(decoder, kept, ort_kept, tmp_path, monkeypatch):
     found = put(ort_mobile, decoder, tmp_path / "job", kept, Device("pi", "another", "cpu", threads=3))
     assert files(tmp_path / "job") == files(job)
     assert found.options == {**made.options, "threads": 3}  # of the device that is measured now
-    assert (found.files, found.notes, found.adapters, found.defaults) == (made.files, made.notes, None, None)
+    assert (found.files, found.notes, found.adapters, found.defaults) == (made.files, made.notes, None, {})
 
 
 def test_a_profile_takes_them(decoder, kept, monkeypatch):
