@@ -160,10 +160,11 @@ def _taken(kept: Path, origin: Mapping[str, Any], device: Device, folder: Path) 
     for name in sorted({*there, *record.sha256}):
         if name not in there or sha256_file(there[name]) != record.sha256.get(name):
             raise ProfileError(f"{kept / name} is not what was kept there", hint=hint)
-    for name, path in there.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        link_or_copy(path, folder / name)
     adapters = record.adapters
+    fed = {_DEFAULTS, *map(_adapter_file, adapters or ())}  # the job has them in a file of its own
+    for name in there.keys() - fed:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        link_or_copy(there[name], folder / name)
     return Models(
         files=record.files,
         options={**record.options, _OF_THE_DEVICE: device.threads},

@@ -156,6 +156,7 @@ def test_inputs_of_adapters_are_kept_too(decoder, tmp_path):
     found = put(module, decoder, tmp_path / "two", tmp_path / "models")
     assert found.options == {"threads": 1, "shapes": {"n": [], "a": [1, 2]}}
     assert list(found.options["shapes"]) == ["n", "a"]  # the order in which they are fed
+    assert files(tmp_path / "two") == {"model/m": b"m"}
     for name, arrays in adapters.items():
         np.testing.assert_array_equal(found.adapters[name]["a"], arrays["a"])
     np.testing.assert_array_equal(found.defaults["a"], defaults["a"])
