@@ -10,6 +10,8 @@ from html import escape
 WIDTH = 360
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 14, 30
 _LONGEST_NAME = 38
+_TALLEST = 12
+"""A line of text."""
 Label = Callable[[float], str]
 
 
@@ -187,10 +189,10 @@ class _Frame:
 
 
 def _beside(x: float, y: float, text: str) -> str:
-    """Return text beside a place, on the side where there is room."""
+    """Return text beside a place, on the side where there is room, whole even at the chart's upper edge."""
     right = x < WIDTH * 0.72
     side, shift = ("start", 4) if right else ("end", -4)
-    return f'<text class="note {side}" x="{x + shift:.1f}" y="{y:.1f}">{escape(text)}</text>'
+    return f'<text class="note {side}" x="{x + shift:.1f}" y="{max(y, _TALLEST):.1f}">{escape(text)}</text>'
 
 
 def _short(name: str) -> str:

@@ -43,6 +43,12 @@ def _write(report_format, tmp_path, profiles):
     return path.read_text(encoding="utf-8")
 
 
+def test_a_peak_at_the_upper_edge_is_named_inside_the_chart():
+    drawn = charts.line([(0.0, 1.0), (1.0, 80.0)], x_label=str, y_label=str, title="memory")
+    (height,) = re.findall(r'class="note [^>]* y="([^"]+)">peak 80', drawn)
+    assert float(height) >= 12  # below it the letters' tops are cut off
+
+
 def test_profiles_have_different_names(found):
     assert labels([found]) == ["a decoder.bundle · b"]
     slower = dataclasses.replace(found, threads=2)
