@@ -33,7 +33,12 @@ def prepare(bundle: Bundle, device: Device, folder: Path, shapes: Shapes) -> Mod
     return RUNTIME.prepare(bundle, device, folder, shapes)
 
 
-def measure(folder: Path, transport: Transport, timeout_s: float | None, what: str) -> dict[str, Any]:  # noqa: ARG001
+def measure(
+    folder: Path,
+    transport: Transport,  # noqa: ARG001 - nothing runs
+    timeout_s: float | None,  # noqa: ARG001 - nothing runs
+    what: str,  # noqa: ARG001 - whatever is asked for
+) -> dict[str, Any]:
     """Say what was converted, and that it cannot be run here.
 
     Raises:
