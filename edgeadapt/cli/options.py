@@ -34,11 +34,11 @@ def read_budgets(text: list[str]) -> dict[str, float]:
     """Return "FIGURE=LIMIT" texts as limits by figure.
 
     Raises:
-        typer.BadParameter: if one is of another form, a name occurs twice or is no figure of a profile, or a limit is
-            no finite number from 0 on.
+        typer.BadParameter: if one is of another form, a figure occurs twice or is none of a profile, or a limit is no
+            finite number from 0 on.
     """
     from edgeadapt.errors import ProfileError
-    from edgeadapt.profiling.budget import check_budgets
+    from edgeadapt.profiling.budget import named_budgets
 
     budgets = {}
     for name, value in read_pairs("--budget", text, "FIGURE=LIMIT").items():
@@ -49,10 +49,9 @@ def read_budgets(text: list[str]) -> dict[str, float]:
                 f"{value!r}, the limit of {name!r}, is not a number", param_hint="--budget"
             ) from error
     try:
-        check_budgets(budgets)
+        return named_budgets(budgets)
     except ProfileError as error:
         raise typer.BadParameter(f"{error.message}; {error.hint}", param_hint="--budget") from error
-    return budgets
 
 
 def read_blend(text: str) -> dict[str, float]:

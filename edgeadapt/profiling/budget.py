@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgeadapt.errors import ProfileError
-from edgeadapt.profiling.catalogue import FIGURES, text
+from edgeadapt.profiling.catalogue import FIGURES, figure_name, text
 from edgeadapt.profiling.figures import Profile
 
 
@@ -27,25 +26,21 @@ class Break:
         return f"{self.figure} {told}, the budget is at {bound} {text(self.figure, self.limit)} ({self.limit:.6g})"
 
 
-def check_budgets(budgets: Mapping[str, float]) -> None:
-    """Refuse budgets of figures that no profile has, and limits that no figure can be: below 0, or no number.
+def named_budgets(budgets: Mapping[str, float]) -> dict[str, float]:
+    """Return budgets by their figures' names in `FIGURES`; see `catalogue.figure_name` for the ones that are accepted.
 
     Raises:
-        ProfileError: naming the figure, with the known ones.
+        ProfileError: if no profile has a figure, one is named twice, or a limit is below 0 or no number.
     """
-    for name, limit in budgets.items():
-        if name not in FIGURES:
-            known = {_words(figure): figure for figure in FIGURES}
-            close = difflib.get_close_matches(_words(name), known, n=1)
-            meant = f"did you mean {known[close[0]]!r}? " if close else ""
-            raise ProfileError(f"a profile has no figure {name!r}", hint=f"{meant}known figures: {', '.join(FIGURES)}")
+    named: dict[str, float] = {}
+    for given, limit in budgets.items():
+        name = figure_name(given)
+        if name in named:
+            raise ProfileError(f"there are two budgets of {name}", hint="give one limit for each figure")
         if not math.isfinite(limit) or limit < 0:
             raise ProfileError(f"the budget of {name} is {limit}", hint="give a number from 0 on, in the figure's unit")
-
-
-def _words(name: str) -> str:
-    """Return a name with its words in one order, so that p95_latency_s is near latency_p95_s."""
-    return "_".join(sorted(name.lower().split("_")))
+        named[name] = limit
+    return named
 
 
 def broken(profile: Profile, budgets: Mapping[str, float]) -> tuple[Break, ...]:
@@ -53,19 +48,19 @@ def broken(profile: Profile, budgets: Mapping[str, float]) -> tuple[Break, ...]:
 
     Args:
         profile: what was measured.
-        budgets: limits by name in `FIGURES`, in the figure's unit: the least value of figures of which more is
-            better, the most of all others.
+        budgets: limits by figure, in its unit: the least value of figures of which more is better, the most of all
+            others.
 
     Raises:
-        ProfileError: see `check_budgets`.
+        ProfileError: see `named_budgets`.
     """
-    check_budgets(budgets)
-    values = {name: value for name in budgets if (value := FIGURES[name].read(profile)) is not None}
-    return broken_by(values, budgets)
+    limits = named_budgets(budgets)
+    values = {name: value for name in limits if (value := FIGURES[name].read(profile)) is not None}
+    return broken_by(values, limits)
 
 
 def broken_by(values: Mapping[str, float], budgets: Mapping[str, float]) -> tuple[Break, ...]:
-    """Return the checked budgets that figures do not keep: `values` by name, without those that were not measured."""
+    """Return the named budgets that figures do not keep: `values` by name, without those that were not measured."""
     found = [Break(name, values.get(name), limit) for name, limit in budgets.items()]
     return tuple(each for each in found if not _kept(each))
 

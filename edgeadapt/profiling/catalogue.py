@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from edgeadapt.errors import ProfileError
 from edgeadapt.profiling.figures import Profile
 from edgeadapt.profiling.samples import percentile
 from edgeadapt.profiling.workload import Workload
@@ -175,6 +177,25 @@ FIGURES: Mapping[str, Figure] = {
     "energy_j": Figure("energy while timing", "J", _part("system", "energy_j")),
 }
 """By name: a field of the profile, or of a part of it; names of tax and swap begin with their part's."""
+
+
+def figure_name(name: str) -> str:
+    """Return the name in `FIGURES` of a figure whose words may stand in any order: p95_latency_s is latency_p95_s.
+
+    Raises:
+        ProfileError: if no profile has it, with the nearest and all known ones.
+    """
+    known = {_words(figure): figure for figure in FIGURES}
+    words = _words(name)
+    if words in known:
+        return known[words]
+    close = difflib.get_close_matches(words, known, n=1)
+    meant = f"did you mean {known[close[0]]!r}? " if close else ""
+    raise ProfileError(f"a profile has no figure {name!r}", hint=f"{meant}known figures: {', '.join(FIGURES)}")
+
+
+def _words(name: str) -> str:
+    return "_".join(sorted(name.lower().split("_")))
 
 
 def text(name: str, value: float | None) -> str:

@@ -16,8 +16,8 @@ from edgeadapt.device import Device, device_toml, read_device
 from edgeadapt.errors import ProfileError, RecipeError
 from edgeadapt.fields import to_mapping
 from edgeadapt.files import canonical_json, staged_directory, write_atomically
-from edgeadapt.profiling.budget import check_budgets
-from edgeadapt.profiling.catalogue import FIGURES
+from edgeadapt.profiling.budget import named_budgets
+from edgeadapt.profiling.catalogue import FIGURES, figure_name
 from edgeadapt.profiling.figures import Profile
 from edgeadapt.profiling.kept_models import converts
 from edgeadapt.profiling.profile import Prepared, check_count, check_device, prepared, read_workload
@@ -96,7 +96,7 @@ def tune(
         runtimes: those to try, empty for the device's own.
         threads: numbers to try, empty for 1, 2, 4, ... and all cores.
         adapter: what is active, None for the first one.
-        objectives: names in `catalogue.FIGURES` that span the Pareto set. The first one chooses the pick.
+        objectives: figures (see `catalogue.figure_name`) that span the Pareto set. The first one chooses the pick.
         budgets: limits by figure, see `budget.broken`.
         prompt_tokens: see `profile`, and so are the next three.
         new_tokens: in each round.
@@ -115,9 +115,8 @@ def tune(
         BundleError: if a folder is no bundle, or has no such adapter.
         FileError: if `output` cannot be made.
     """
-    limits = dict(budgets or {})
-    check_budgets(limits)
-    check_budgets(dict.fromkeys(objectives, 0.0))
+    limits = named_budgets(budgets or {})
+    objectives = tuple(dict.fromkeys(figure_name(each) for each in objectives))
     if not objectives:
         raise ProfileError("there is no objective", hint=f"give some of {', '.join(FIGURES)}")
     check_count("rounds", rounds)
@@ -164,7 +163,7 @@ def tune(
             adapter=active,
             workload=workload,
             rounds=rounds,
-            objectives=tuple(objectives),
+            objectives=objectives,
             budgets=limits,
             trials=tuple(trials),
             pick=best,

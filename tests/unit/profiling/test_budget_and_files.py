@@ -11,7 +11,7 @@ import pytest
 from edgeadapt.errors import FileError, ProfileError
 from edgeadapt.profiling import profile
 from edgeadapt.profiling.budget import broken
-from edgeadapt.profiling.catalogue import FIGURES
+from edgeadapt.profiling.catalogue import FIGURES, figure_name
 from edgeadapt.profiling.figures import Profile, Quality
 from edgeadapt.profiling.stored import json_schema, read_profile, write_profile
 
@@ -50,11 +50,20 @@ def test_most_and_least(found):
     ]
 
 
+def test_words_of_a_figure_may_stand_in_any_order(found):
+    assert {figure_name("_".join(reversed(name.split("_")))) for name in FIGURES} == set(FIGURES)
+    fixed = dataclasses.replace(found, latency_p95_s=0.06)
+    assert [each.figure for each in broken(fixed, {"p95_latency_s": 0.05})] == ["latency_p95_s"]
+    with pytest.raises(ProfileError, match="there are two budgets of latency_p95_s"):
+        broken(fixed, {"p95_latency_s": 0.05, "latency_p95_s": 0.07})
+
+
 def test_unknown_figures_and_limits_are_refused(found):
     with pytest.raises(
-        ProfileError, match=r"a profile has no figure 'p95_latency_s'\nHint: .*known figures: process_s"
+        ProfileError,
+        match=r"no figure 'p96_latency_s'\nHint: did you mean 'latency_p9.*'\? known figures: process_start_s",
     ):
-        broken(found, {"p95_latency_s": 1.0})
+        broken(found, {"p96_latency_s": 1.0})
     with pytest.raises(ProfileError, match="the budget of ttft_s is nan"):
         broken(found, {"ttft_s": float("nan")})
 

@@ -32,7 +32,7 @@ def written(decoder, tmp_path_factory):
 
 def test_a_budget_that_is_not_kept_exits_with_1_and_names_the_figure(decoder, tmp_path):
     path = tmp_path / "p.json"
-    done = _run("profile", decoder, *FAST, "--budget", "total_bytes=1000", "--budget", "runs_per_s=1", "-o", path, "-q")
+    done = _run("profile", decoder, *FAST, "--budget", "bytes_total=1000", "--budget", "runs_per_s=1", "-o", path, "-q")
     assert done.exit_code == 1
     size = read_profile(path).sizes.total_bytes  # the profile is kept all the same
     assert f"error: total_bytes is {size / 1e6:.1f} MB ({size}), the budget is at most 1.0 kB (1000)" in done.stderr
@@ -43,8 +43,8 @@ def test_a_budget_that_is_not_kept_exits_with_1_and_names_the_figure(decoder, tm
     ("budget", "message"),
     [
         (
-            "p95_latency_s=1",
-            "a profile has no figure 'p95_latency_s'; did you mean 'latency_p95_s'? known figures: process_start_s,",
+            "latency_p95=1",
+            "a profile has no figure 'latency_p95'; did you mean 'latency_p95_s'? known figures: process_start_s,",
         ),
         ("latency_p95_s", "'latency_p95_s' is not of the form FIGURE=LIMIT"),
         ("latency_p95_s=fast", "'fast', the limit of 'latency_p95_s', is not a number"),
