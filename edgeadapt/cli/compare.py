@@ -43,6 +43,15 @@ def compare(
         int | None, typer.Option(min=1, help="Answers in a round; ten times as many single passes.", show_default="1")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at once.", show_default="1")] = None,
+    models: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--models",
+            metavar="FOLDER",
+            help="As of `edgeadapt profile`: A's folder, and again B's.",
+            show_default=False,
+        ),
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds for each process.", show_default="no limit")
     ] = None,
@@ -56,7 +65,7 @@ def compare(
 
     numbers = {"rounds": rounds, "new_tokens": new_tokens, "repeats": repeats, "batch_size": batch_size}
     settings: dict[str, Any] = {"device": device, "runtime": runtime, "adapter": adapter, "threads": threads}
-    settings |= {**numbers, "prompt_tokens": prompt_tokens, "timeout_s": timeout}
+    settings |= {**numbers, "prompt_tokens": prompt_tokens, "models": models, "timeout_s": timeout}
     given = {name: value for name, value in settings.items() if value is not None}
     if a.is_file() != b.is_file():
         raise typer.BadParameter("give two bundles or two profiles", param_hint=f"{a} and {b}")

@@ -76,6 +76,7 @@ def compare_bundles(
     repeats: int = 1,
     batch_size: int = 1,
     runtime: str | None = None,
+    models: Sequence[Path] = (),
     timeout_s: float | None = None,
     announce: Callable[[Invitation], None] | None = None,
     progress: Progress = SILENT,
@@ -96,18 +97,24 @@ def compare_bundles(
         repeats: in each round.
         batch_size: see `profile`.
         runtime: see `profile`.
+        models: two folders, for a and for b: see `profile`; empty to keep nothing.
         timeout_s: see `profile`.
         announce: see `profile`.
         progress: is told what goes on.
 
     Raises:
-        ProfileError: as `profile`; if there are fewer than 5 rounds; or if only one of the two writes text.
+        ProfileError: as `profile`; if there are fewer than 5 rounds or not two folders for models; or if only one of
+            the two writes text.
         BundleError: as `profile`.
         RecipeError: as `profile`.
     """
     check_count("rounds", rounds)
     if rounds < FEWEST_ROUNDS:
         raise ProfileError(f"rounds is {rounds!r}", hint=f"give a whole number of {FEWEST_ROUNDS} or more")
+    if len(models) not in (0, 2):
+        raise ProfileError(
+            f"models for two bundles are not kept in {len(models)} folder(s)", hint="give A's folder, and again B's"
+        )
     workload = read_workload(prompt_tokens, new_tokens, repeats, batch_size)
     found: tuple[list[Profile], list[Profile]] = ([], [])
     with ExitStack() as stack:
@@ -120,12 +127,13 @@ def compare_bundles(
                     adapter=adapter,
                     threads=threads,
                     runtime=runtime,
+                    models=kept,
                     timeout_s=timeout_s,
                     announce=announce,
                     progress=progress,
                 )
             )
-            for bundle in (a, b)
+            for bundle, kept in zip((a, b), models or (None, None), strict=True)
         ]
         for number in range(rounds):
             with progress.stage(f"round {number + 1} of {rounds}"):

@@ -14,6 +14,7 @@ from edgeadapt.bundle import open_bundle
 from edgeadapt.device import Device
 from edgeadapt.errors import FileError, ProfileError
 from edgeadapt.profiling import profile
+from edgeadapt.profiling.compare import compare_bundles
 from edgeadapt.profiling.job import Models, Shapes
 from edgeadapt.profiling.kept_models import RECORD, prepared_models
 from edgeadapt.profiling.runtimes import openvino, ort_mobile
@@ -75,6 +76,29 @@ def test_a_profile_takes_them(decoder, kept, monkeypatch):
     found = profile(decoder, runtime="ort-mobile", models=kept, **SMALL)
     assert all(check.relative_error < 1e-5 for check in found.checks)
     assert found.sizes.model_bytes > 0
+
+
+def test_a_comparison_keeps_both_and_takes_what_a_profile_has_kept(decoder, kept, tmp_path, monkeypatch):
+    other = shutil.copytree(decoder, tmp_path / "other.bundle")
+    remove_adapter(other, "b")
+    made = []
+    prepare = ort_mobile.prepare
+
+    def counted(module_bundle, *rest):
+        made.append(module_bundle.path)
+        return prepare(module_bundle, *rest)
+
+    monkeypatch.setattr(ort_mobile, "prepare", counted)
+    settings = {**SMALL, "rounds": 5}
+    del settings["attempts"]
+    found = compare_bundles(decoder, other, runtime="ort-mobile", models=(kept, tmp_path / "theirs"), **settings)
+    assert made == [other]
+    assert json.loads((tmp_path / "theirs" / RECORD).read_bytes())["origin"]["runtime"] == "ort_mobile"
+    assert next(row for row in found.ratios if row.figure == "model_bytes").a > 0
+    with pytest.raises(ProfileError, match=r"not kept in 1 folder"):
+        compare_bundles(decoder, other, runtime="ort-mobile", models=(kept,), **settings)
+    with pytest.raises(ProfileError, match="holds models for manifest_sha256"):
+        compare_bundles(decoder, other, runtime="ort-mobile", models=(kept, kept), **settings)
 
 
 @pytest.mark.parametrize(
