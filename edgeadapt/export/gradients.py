@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from edgeadapt.export.frozen import frozen
 
 Cases = Sequence[Mapping[str, torch.Tensor]]
 Seen = Callable[[str, torch.Tensor, torch.Tensor | None], None]
@@ -45,7 +46,7 @@ def run_both_ways(module: torch.nn.Module, cases: Cases, layers: Mapping[str, to
     handles = [layer.register_forward_hook(hook(path)) for path, layer in layers.items()]
     answers = 0
     try:
-        with _frozen(module):
+        with frozen(module):
             for case in cases:
                 loss, count = _loss(module(**case), generator)
                 if loss.requires_grad:
@@ -88,17 +89,3 @@ def _loss(output: Any, generator: torch.Generator) -> tuple[torch.Tensor, int]:
     signs = [torch.randint(0, 2, x.shape, generator=generator).to(x.dtype) * 2 - 1 for x in floats]
     loss = torch.stack([(x * sign).sum() for x, sign in zip(floats, signs, strict=True)]).sum()
     return loss, max(x[..., 0].numel() for x in floats)
-
-
-@contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Have no gradients of weights, and parameters as they were afterwards."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)

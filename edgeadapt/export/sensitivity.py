@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from edgeadapt.adapters.adapter import ResolvedAdapter, SiteUpdate
 from edgeadapt.adapters.prune import Sensitivity
 from edgeadapt.errors import ExportError
+from edgeadapt.export.frozen import frozen
 from edgeadapt.merging.base_model import BaseModel
 
 LOGITS = "logits"
@@ -38,7 +39,7 @@ def collect_sensitivity(
     generator = torch.Generator().manual_seed(SEED)
     answers = 0
     with ExitStack() as stack:
-        stack.enter_context(_frozen(base.module))
+        stack.enter_context(frozen(base.module))
         for branch in branches.values():
             stack.callback(branch.module.register_forward_hook(branch.hook).remove)
         for case in cases:
@@ -114,20 +115,6 @@ class _Branch:
         """Return float64[inputs, rank]."""
         wide = h.movedim(1, -1) if self.type == "conv2d" else h
         return wide.reshape(-1, self.rank).double()
-
-
-@contextmanager
-def _frozen(module: torch.nn.Module) -> Iterator[None]:
-    """Have gradients only where a branch asks for them, and weights as they were afterwards."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _logits(output: Any, base: BaseModel) -> torch.Tensor:
