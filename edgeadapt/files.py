@@ -28,7 +28,7 @@ _FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large
 
 
 @contextmanager
-def staged_directory(target: Path, *, force: bool, replaces: str = "manifest.json") -> Iterator[Path]:
+def staged_directory(target: Path, *, force: bool, replaces: str | None = "manifest.json") -> Iterator[Path]:
     """Yield a new empty folder beside `target` that becomes `target` when the block ends without an exception.
 
     Any exception, `KeyboardInterrupt` too, removes the folder and leaves an old target as it was. What is staged is
@@ -39,7 +39,7 @@ def staged_directory(target: Path, *, force: bool, replaces: str = "manifest.jso
         target: the folder to make.
         force: replace an existing target. Only an empty folder, or one that holds the file `replaces`, is replaced:
             `--force` with a mistyped path must not cost someone a home folder.
-        replaces: the file that marks a folder as one of ours.
+        replaces: the file that marks a folder as one of ours; None to replace only an empty one.
 
     Raises:
         FileError: if the target exists and `force` is false, is not such a folder, or cannot be written.
@@ -245,7 +245,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _check_target(target: Path, force: bool, replaces: str) -> None:
+def _check_target(target: Path, force: bool, replaces: str | None) -> None:
     if not os.path.lexists(target):
         return
     if not force:
@@ -258,8 +258,9 @@ def _check_target(target: Path, force: bool, replaces: str) -> None:
     except OSError as error:
         raise FileError(f"cannot look into {target}: {_reason(error)}", hint=_write_hint(target)) from error
     if entries and replaces not in entries:
+        why = "is not empty" if replaces is None else f"holds no {replaces}, so it was not made by edgeadapt"
         raise FileError(
-            f"{target} is not replaced: it holds no {replaces}, so it was not made by edgeadapt",
+            f"{target} is not replaced: it {why}",
             hint="choose another target, or remove the folder yourself",
         )
 
@@ -279,7 +280,7 @@ def _make_parents(parent: Path) -> list[Path]:
     return made
 
 
-def _commit(staging: Path, target: Path, force: bool, replaces: str) -> None:
+def _commit(staging: Path, target: Path, force: bool, replaces: str | None) -> None:
     sync_tree(staging)
     _check_target(target, force, replaces)  # again: it may have appeared meanwhile
     with write_errors(target):

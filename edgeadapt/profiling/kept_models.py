@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 from edgeadapt import __version__
 from edgeadapt.bundle import Bundle
 from edgeadapt.device import Device
-from edgeadapt.errors import ProfileError
+from edgeadapt.errors import FileError, ProfileError
 from edgeadapt.fields import from_mapping, to_mapping
 from edgeadapt.files import parse_json, read_bytes, require_free_space, sha256_file, staged_directory
 from edgeadapt.profiling.job import Models, Shapes
@@ -102,7 +102,8 @@ def prepared_models(
     Raises:
         ProfileError: if they cannot be made; if the folder holds models that were made of or for something else, or
             that were changed since.
-        FileError: if the folder cannot be written, or holds something else.
+        FileError: if the folder cannot be written, or holds something else. Where that shows only when they are made,
+            which may have taken an hour, a note says so instead, and they are measured.
     """
     if kept is None:
         found: Models = module.prepare(bundle, device, folder, shapes)
@@ -117,10 +118,16 @@ def prepared_models(
     }
     if (kept / RECORD).is_file():
         return _taken(kept, origin, device, folder)
-    with staged_directory(kept, force=True, replaces=RECORD) as staged:
-        found = module.prepare(bundle, device, folder, shapes)
-        _keep(staged, found, origin, folder)
-    return found
+    made: Models | None = None
+    try:
+        with staged_directory(kept, force=True, replaces=None) as staged:
+            made = module.prepare(bundle, device, folder, shapes)
+            _keep(staged, made, origin, folder)
+    except FileError as error:
+        if made is None:
+            raise
+        return replace(made, notes=(*made.notes, f"these models are not kept: {error.message}"))
+    return made
 
 
 def _keep(staged: Path, models: Models, origin: Mapping[str, Any], folder: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,6 +210,31 @@ def test_another_folder_of_the_users_is_left_alone(decoder, tmp_path):
         put(ort_mobile, decoder, tmp_path / "job", mine)
     assert files(mine) == {"chapter": b"1"}
     assert not files(tmp_path / "job")  # before anything was made
+
+
+def test_what_was_made_is_measured_where_another_process_has_filled_the_folder_meanwhile(
+    decoder, kept, tmp_path, monkeypatch
+):
+    prepare, target = ort_mobile.prepare, tmp_path / "theirs"
+
+    def slow(*args):
+        shutil.copytree(kept, target)
+        return prepare(*args)
+
+    monkeypatch.setattr(ort_mobile, "prepare", slow)
+    found = profile(decoder, runtime="ort-mobile", models=target, **SMALL)
+    assert found.latency_p50_s > 0
+    assert [note for note in found.notes if note.startswith(f"these models are not kept: {target} is not replaced")]
+    assert files(target) == files(kept)
+
+
+def test_what_was_made_is_measured_where_it_fits_on_no_disk(decoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1))
+    found = put(ort_mobile, decoder, tmp_path / "job", tmp_path / "models")
+    (note,) = (note for note in found.notes if note.startswith("these models are not kept"))
+    assert re.search(r"needs \d+ bytes, but only 1 are free on its disk$", note)
+    assert {"model/decoder.plain.ort", "model/decoder.slots.ort"} <= files(tmp_path / "job").keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"job"}
 
 
 @pytest.mark.parametrize("runtime", ["session", "onnxruntime", "torch"])
