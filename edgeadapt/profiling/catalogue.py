@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgeadapt.errors import ProfileError
 from edgeadapt.profiling.figures import Profile
-from edgeadapt.profiling.samples import percentile
 from edgeadapt.profiling.workload import Workload
 
+Array = NDArray[np.float64]
 Unit = Literal["s", "bytes", "per_s", "ratio", "J", "nats"]
 
 
@@ -22,7 +25,8 @@ class Figure:
 
     title: for people; unit: what one is; more_is_better: a budget for it is a least value, not a most
     read: the value, None where it was not measured
-    samples: the raw samples that it is made of, None where it is no statistic of several; statistic: how
+    samples: the raw samples that it is made of, None where it is no statistic of several; statistic: how,
+        of float64[..., samples], one value for each row of them
     short_title: for the head of a narrow column, None where the title will do
     """
 
@@ -31,7 +35,7 @@ class Figure:
     read: Callable[[Profile], float | None]
     more_is_better: bool = False
     samples: Callable[[Profile], Sequence[float] | None] | None = None
-    statistic: Callable[[Sequence[float]], float] | None = None
+    statistic: Callable[[Array], Array] | None = None
     short_title: str | None = None
 
 
@@ -88,12 +92,16 @@ def _worst_error(profile: Profile) -> float | None:
     return max((check.relative_error for check in profile.checks), default=None)
 
 
-_median: Callable[[Sequence[float]], float] = partial(percentile, percent=50)
+def _percentile(samples: Array, percent: float) -> Array:
+    return np.asarray(np.percentile(samples, percent, axis=-1))
 
 
-def _median_rate(rates: Sequence[float]) -> float:
+_median: Callable[[Array], Array] = partial(_percentile, percent=50)
+
+
+def _median_rate(rates: Array) -> Array:
     """Return the rate of the median time."""
-    return 1 / percentile([1 / rate for rate in rates], 50)
+    return np.asarray(1 / _median(1 / rates))
 
 
 def _latency(percent: int) -> Figure:
@@ -102,7 +110,7 @@ def _latency(percent: int) -> Figure:
         "s",
         _own(f"latency_p{percent}_s"),
         samples=_sampled("latency_s"),
-        statistic=partial(percentile, percent=percent),
+        statistic=partial(_percentile, percent=percent),
         short_title=f"p{percent}",
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeadapt.device import Device
 from edgeadapt.errors import ProfileError
@@ -20,12 +21,16 @@ from edgeadapt.profiling.samples import percentile
 from edgeadapt.profiling.transports import Invitation
 from edgeadapt.progress import SILENT, Progress
 
+Array = NDArray[np.float64]
+
 SCHEMA = "edgeadapt.comparison/1"
 FEWEST_ROUNDS = 5
 """Of rounds, and of samples for an interval: the range of five ratios holds the true median in 94 % of cases, of four
 in 88 %."""
 
 _RESAMPLES = 1000
+_AT_ONCE = 100
+"""As many of them lie in memory together."""
 _SEED = 0
 
 
@@ -186,7 +191,7 @@ def _paired(name: str, figure: Figure, a: Sequence[Profile], b: Sequence[Profile
     ratios = [above / below for below, above in pairs]
     if len(ratios) < FEWEST_ROUNDS:
         return Ratio(name, one, other, percentile(ratios, 50), None, None, None)
-    low, high = _interval(lambda rng: percentile(rng.choice(ratios, len(ratios)).tolist(), 50))
+    low, high = _interval(lambda drawn: np.median(drawn(ratios), axis=-1))
     return Ratio(name, one, other, percentile(ratios, 50), low, high, _better(figure, low, high))
 
 
@@ -200,19 +205,23 @@ def _unpaired(name: str, figure: Figure, a: Profile, b: Profile) -> Ratio | None
     if ratio is None or statistic is None or not first or not second or min(len(first), len(second)) < FEWEST_ROUNDS:
         return Ratio(name, one, other, ratio, None, None, None)
 
-    def again(rng: np.random.Generator) -> float:
-        above, below = (statistic(rng.choice(taken, len(taken)).tolist()) for taken in (second, first))
-        return above / below
-
-    low, high = _interval(again)
+    low, high = _interval(lambda drawn: statistic(drawn(second)) / statistic(drawn(first)))
     return Ratio(name, one, other, ratio, low, high, _better(figure, low, high))
 
 
-def _interval(again: Callable[[np.random.Generator], float]) -> tuple[float, float]:
-    """Return the 2.5th and 97.5th percentile of what resampling gives (Efron, 1979: the percentile bootstrap)."""
+def _interval(again: Callable[[Callable[[Sequence[float]], Array]], Array]) -> tuple[float, float]:
+    """Return the 2.5th and 97.5th percentile of what resampling gives (Efron, 1979: the percentile bootstrap).
+
+    Args:
+        again: gets what draws float64[times, samples] of some samples, and returns float64[times].
+    """
     rng = np.random.default_rng(_SEED)
-    drawn = [again(rng) for _ in range(_RESAMPLES)]
-    return percentile(drawn, 2.5), percentile(drawn, 97.5)
+
+    def drawn(samples: Sequence[float]) -> Array:
+        return rng.choice(np.asarray(samples, np.float64), (_AT_ONCE, len(samples)))
+
+    found = np.concatenate([again(drawn) for _ in range(_RESAMPLES // _AT_ONCE)]).tolist()
+    return percentile(found, 2.5), percentile(found, 97.5)
 
 
 def _better(figure: Figure, low: float, high: float) -> Literal["a", "b"] | None:
