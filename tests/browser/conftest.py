@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from edgeadapt.errors import ProfileError
+from edgeadapt.profiling.node_packages import find_package
+
 ROOT = Path(__file__).parents[2]
 # where scripts/install-web-tools puts the packages
 os.environ.setdefault("EDGEADAPT_NODE_MODULES", str(ROOT / ".web-tools"))
@@ -35,8 +38,9 @@ jobs = _helper(Path(__file__).parent, "jobs")
 
 
 def _need(package: str, program: str) -> None:
-    modules = Path(os.environ["EDGEADAPT_NODE_MODULES"])
-    if not (modules / "node_modules" / package).is_dir():
+    try:
+        find_package(package)
+    except ProfileError:
         pytest.skip(f"{package} is not installed: scripts/install-web-tools could not fetch it")
     if shutil.which(program) is None:
         pytest.skip(f"there is no program {program}: scripts/install-web-tools could not install it")
