@@ -117,6 +117,17 @@ def test_the_first_outcome_counts_and_the_address_is_over_then(served):
         assert ask(served, method, path)[0] == 410
 
 
+def test_every_stage_is_told_in_its_order_however_fast_they_come(served):
+    client = claimed(served)["client"]
+    for stage, done, total in (("open", 0, 1), ("open", 0, 1), ("runs", 0, 2), ("runs", "x", 2), ("done", 1, None)):
+        progress = {"stage": stage, "done": done, "total": total}
+        ask(served, "POST", f"{client}/progress", json.dumps({"progress": progress, "partial": {}}))
+    ask(served, "POST", f"{client}/outcome", json.dumps({"result": {"latency_s": [1.0]}}))
+    told = []
+    assert waited(served, 5, told) == {"latency_s": [1.0]}
+    assert told == ["open", "runs (1 of 2)", "runs", "done"]
+
+
 @pytest.mark.parametrize(
     ("what", "body", "status"),
     [

@@ -30,6 +30,7 @@ class Visit:
         self.partial: dict[str, Any] = {}
         self.stopped: str | None = None
         self._changed = threading.Condition()
+        self._stages: list[str] = []
         self._outcome: dict[str, Any] | None = None
         self._left = False
         self._streams = 0
@@ -48,6 +49,7 @@ class Visit:
         """Note how far the visitor is."""
         with self._changed:
             self.progress, self.partial, self._seen_at = progress, partial, monotonic()
+            self._stages.append(self._stage())
             self._changed.notify_all()
 
     def seen(self) -> None:
@@ -95,7 +97,7 @@ class Visit:
             timeout_s: how long all may take, None for as long as it needs.
             where: what the visitor is, for messages.
             watch: raises what is wrong with the browser, where this process started it.
-            progress: is told what the visitor does, when it changes.
+            progress: is told what the visitor does, each time that it changes.
 
         Raises:
             UnfinishedError: if nobody came, the visitor went away, time is over, or the measurement failed there.
@@ -106,12 +108,13 @@ class Visit:
             with self._changed:
                 self._changed.wait(0.2)
                 outcome = self._outcome
+                stages, self._stages = self._stages, []
+            for stage in stages:
+                if stage != told:
+                    told = stage
+                    progress(stage)
             if outcome is not None:
                 return self._result(outcome)
-            now = self._stage()
-            if now != told:
-                told = now
-                progress(now)
             watch()
             self._check_presence(where)
             if end is not None and monotonic() > end:
@@ -119,7 +122,8 @@ class Visit:
 
     def _stage(self) -> str:
         stage, done, total = (self.progress.get(name, "") for name in ("stage", "done", "total"))
-        return f"{stage} ({done + 1} of {total})" if isinstance(total, int) and total > 1 else str(stage)
+        counted = isinstance(done, int) and isinstance(total, int) and total > 1
+        return f"{stage} ({done + 1} of {total})" if counted else str(stage)
 
     def _result(self, outcome: dict[str, Any]) -> dict[str, Any]:
         if "error" in outcome:
